@@ -1,0 +1,212 @@
+"""The arithmetic of composite units, without a framework: which frozen rows a bank holds and how they are summed.
+
+A unit that was operated on n times computes, with its active member a in the old slot,
+
+    k_1 + (k_2 - c_1) + ... + (k_n - c_{n-1}) + (a - c_n)
+
+oldest first, pairs together: the active member of one operation becomes the next one's knowledge, and each difference
+is zero at the moment of its surgery, so no large terms cancel (KNIFE, arXiv 2606.25335, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neuronsurgery.tables import counted, render
+from neuronsurgery.values import Value
+
+__all__ = ["Composites", "Layout", "Member", "Rows", "capacity"]
+
+Integers = NDArray[np.int64]
+KNOWLEDGE, COMPENSATION = 1, -1
+
+
+@dataclass(frozen=True)
+class Member(Value):
+    """One frozen member of a composite unit."""
+
+    role: str
+    """`"knowledge"` or `"compensation"`."""
+    unit: int
+    """The unit of the layer that it belongs to."""
+    operation: int
+    """The operation that made it."""
+    births: tuple[int, ...]
+    """The optimizer step of each row-wise parameter (weight, bias ...) at that operation; -1: not counted."""
+
+
+@dataclass(frozen=True)
+class Composites(Value):
+    """The composite units of a model: for each site, the frozen members its bank holds.
+
+    Example:
+        >>> rows = Rows.empty(num_parameters=1).extended([2, 5], operation=1, births=[[0], [0]])
+        >>> print(Composites({"fc1": rows.members()}))
+        2 composite units, 4 frozen rows
+        | site | composite units | frozen rows | operations | most on one unit |
+        |------|-----------------|-------------|------------|------------------|
+        | fc1  |               2 |           4 |          1 |                1 |
+    """
+
+    members: Mapping[str, tuple[Member, ...]]
+    """Site name -> its frozen members, in the order in which they were added."""
+
+    @property
+    def num_units(self) -> int:
+        """How many units are composite units."""
+        return sum(len({member.unit for member in members}) for members in self.members.values())
+
+    @property
+    def num_rows(self) -> int:
+        """How many frozen rows the model holds."""
+        return sum(map(len, self.members.values()))
+
+    def __str__(self) -> str:
+        title = f"{counted(self.num_units, 'composite unit')}, {counted(self.num_rows, 'frozen row')}"
+        columns = ("site", "composite units", "frozen rows", "operations", "most on one unit")
+        return render(title, columns, [self._row(site, members) for site, members in self.members.items()])
+
+    def _row(self, site: str, members: tuple[Member, ...]) -> tuple[str, int, int, int, int]:
+        times = Counter(member.unit for member in members if member.role == "knowledge")
+        operations = {member.operation for member in members}
+        return (site, len(times), len(members), len(operations), max(times.values(), default=0))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The frozen rows of a bank, in the order in which they were added; all arrays int64 of shape (num_rows,).
+
+    `births` is (num_rows, num_parameters): the optimizer step of each row-wise parameter (weight, bias ...) when the
+    slot was renewed, -1 where no optimizer was given.
+
+    Example:
+        >>> rows = Rows.empty(num_parameters=2).extended([3], operation=1, births=[[7, 7]])
+        >>> [member.role for member in rows.members()]
+        ['knowledge', 'compensation']
+        >>> len(rows.extended([3, 0], operation=2, births=[[9, 9], [9, 9]]))
+        6
+    """
+
+    sign: Integers
+    unit: Integers
+    operation: Integers
+    births: Integers
+
+    @staticmethod
+    def empty(num_parameters: int) -> Rows:
+        """No rows, for a producer with so many row-wise parameters."""
+        none = np.zeros(0, np.int64)
+        return Rows(none, none, none, np.zeros((0, num_parameters), np.int64))
+
+    def __len__(self) -> int:
+        return len(self.sign)
+
+    def extended(self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]]) -> Rows:
+        """These rows, and a knowledge and a compensation row for each unit (all knowledge rows first)."""
+        chosen = np.asarray(units, np.int64)
+        born = np.asarray(births, np.int64).reshape(len(chosen), self.births.shape[1])
+        ones = np.ones_like(chosen)
+        return Rows(
+            np.concatenate([self.sign, KNOWLEDGE * ones, COMPENSATION * ones]),
+            np.concatenate([self.unit, chosen, chosen]),
+            np.concatenate([self.operation, operation * ones, operation * ones]),
+            np.concatenate([self.births, born, born]),
+        )
+
+    def of_operation(self, operation: int) -> NDArray[np.bool_]:
+        """Mask of the rows that one operation added, shape (num_rows,)."""
+        return np.asarray(self.operation == operation)
+
+    def kept(self, mask: NDArray[np.bool_]) -> Rows:
+        """The rows where the mask is true."""
+        return Rows(self.sign[mask], self.unit[mask], self.operation[mask], self.births[mask])
+
+    def members(self) -> tuple[Member, ...]:
+        """The rows one by one."""
+        return tuple(
+            Member(
+                "knowledge" if sign > 0 else "compensation",
+                int(unit),
+                int(operation),
+                tuple(map(int, births)),
+            )
+            for sign, unit, operation, births in zip(self.sign, self.unit, self.operation, self.births, strict=True)
+        )
+
+    def latest(self) -> dict[int, int]:
+        """Each operated unit and its latest operation."""
+        return {int(u): int(self.operation[self.unit == u].max()) for u in np.unique(self.unit)}
+
+    def encoded(self) -> Integers:
+        """All of it as one int64 table (num_rows, 3 + num_parameters), for a checkpoint."""
+        return np.concatenate([np.stack([self.sign, self.unit, self.operation], axis=1), self.births], axis=1)
+
+    @staticmethod
+    def decoded(table: Integers) -> Rows:
+        """The inverse of `encoded`."""
+        return Rows(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), table[:, 3:].copy())
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each term of each composite is found: indices into [the slots' activations, the rows' activations].
+
+    `order` (1 + 2 * depth, num_columns), int64: a column's oldest knowledge row, then the positive and then the
+    negative terms of its pairs, oldest first. Padding names the unit's own slot in both terms of a pair: an exact
+    zero, in the value and in the gradient. `source` (num_units,): for each unit its index in [slots, columns]; None
+    where there is a column for every unit, in order.
+
+    Example:
+        >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]])
+        >>> layout = Layout.of(rows, num_units=10)    # slots 0 to 9, knowledge row 10, compensation row 11
+        >>> layout.order[:, 0].tolist(), layout.source.tolist()
+        ([10, 1, 11], [0, 10, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
+
+    order: Integers
+    source: Integers | None
+
+    @staticmethod
+    def of(rows: Rows, num_units: int) -> Layout:
+        """The layout for these rows, padded to its capacity so that later operations seldom change a shape."""
+        operated, times = np.unique(rows.unit[rows.sign == KNOWLEDGE], return_counts=True)
+        width = min(num_units, capacity(len(operated)))
+        is_full = width == num_units
+        units = np.arange(num_units) if is_full else operated
+        columns = np.concatenate([units, np.full(width - len(units), operated[0])])  # spare columns are never read
+        depth = capacity(int(times.max()), smallest=1)
+        order = np.tile(columns, (1 + 2 * depth, 1))
+        own = operated if is_full else np.arange(len(operated))
+        unit, place, row = _ranked(rows, KNOWLEDGE)
+        order[place, own[np.searchsorted(operated, unit)]] = num_units + row
+        unit, place, row = _ranked(rows, COMPENSATION)
+        order[1 + depth + place, own[np.searchsorted(operated, unit)]] = num_units + row
+        if is_full:
+            return Layout(order, None)
+        source = np.arange(num_units)
+        source[operated] = num_units + np.arange(len(operated))
+        return Layout(order, source)
+
+
+def _ranked(rows: Rows, sign: int) -> tuple[Integers, Integers, Integers]:
+    """The rows of one role by unit and age: their units, their place within the unit from 0, their row numbers."""
+    row = np.flatnonzero(rows.sign == sign)
+    row = row[np.lexsort((row, rows.operation[row], rows.unit[row]))]
+    unit = rows.unit[row]
+    first = np.searchsorted(unit, unit)
+    return unit, np.arange(len(unit)) - first, row
+
+
+def capacity(count: int, smallest: int = 8) -> int:
+    """Room for `count` rows: the next power of two, so that capacity grows geometrically and seldom.
+
+    Example:
+        >>> capacity(3), capacity(9), capacity(16)
+        (8, 16, 16)
+    """
+    return max(smallest, 1 << max(count - 1, 0).bit_length())
