@@ -115,8 +115,9 @@ class Evidence:
             for name, (weight_norm, gradient_norm) in norms.items():
                 self._record_site(name, weight_norm, gradient_norm, usable)
 
-    def record_samples(self, site: str, magnitude_sum: Array, num_samples: int, quantity: Quantity) -> None:
-        """Adds samples: `magnitude_sum`, (num_units,), is the sum of |h| or |dL/dh| over `num_samples`.
+    def record_samples(self, site: str, magnitude_sum: Array, num_samples: Array | int, quantity: Quantity) -> None:
+        """Adds samples: `magnitude_sum`, (num_units,), is the sum of |h| or |dL/dh| over `num_samples`
+        (an int, or a 0-d integer array on the same device).
 
         Raises `SiteError` for an unknown site, `EvidenceError` for a wrong shape or a quantity of steps.
         """

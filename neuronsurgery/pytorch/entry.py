@@ -1,0 +1,88 @@
+"""What the door calls: the stages of the PyTorch backend, in terms of the core's values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from neuronsurgery.composites import Composites
+from neuronsurgery.evidence import Evidence
+from neuronsurgery.pytorch import evidence as measuring
+from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.drawing import check_drawing, seed_for
+from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.models import check_model, unwrap
+from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
+from neuronsurgery.pytorch.sites import Discovery
+from neuronsurgery.pytorch.sites import discover as survey
+from neuronsurgery.sites import Sites
+
+__all__ = [
+    "ages",
+    "check_source",
+    "composites",
+    "discover",
+    "measure",
+    "observe",
+    "operate",
+    "probe",
+    "seed",
+    "undo",
+]
+
+
+def discover(model: nn.Module, *, include: Collection[str] = (), example: Any = None) -> Sites:
+    """The sites of a model; see `neuronsurgery.surgery.discover`."""
+    return _survey(model, include, example).sites
+
+
+def _survey(model: nn.Module, include: Collection[str], example: Any = None) -> Discovery:
+    check_model(model)
+    outputs = [] if example is None else measuring.example_outputs(model, example)
+    return survey(model, include=include, outputs=outputs)
+
+
+def measure(model: nn.Module, sites: Sites) -> Evidence:
+    """Evidence from the gradients that the parameters of these sites hold now."""
+    return measuring.evidence_of_gradients(_survey(model, sites))
+
+
+def check_source(evidence: Evidence, model: nn.Module) -> None:
+    """Refuse evidence of another model."""
+    measuring.check_source(evidence, unwrap(model))
+
+
+def ages(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> dict[str, dict[int, int]]:
+    """Optimizer steps since the latest operation on each composite unit, where an optimizer counts them."""
+    optimizers = optimizer_state.as_optimizers(optimizer)
+    if not optimizers or not banks_of(unwrap(model)):
+        return {}
+    found: dict[str, dict[int, int]] = {}
+    for name, place in survey(unwrap(model)).places.items():
+        now = optimizer_state.current_step(optimizers, place.weight)
+        if place.bank is None or now is None:
+            continue
+        births = {m.unit: m.births[0] for m in place.bank.rows.members()}  # in order: the latest operation stays
+        found[name] = {unit: now - born for unit, born in births.items() if 0 <= born <= now}
+    return found
+
+
+def seed(model: nn.Module, generator: torch.Generator | None) -> int:
+    """The seed for choices made before the next operation on this model; the generator is for that to advance."""
+    check_drawing(None, generator)
+    state = None if generator is None else generator.get_state()
+    found = seed_for(generator, next_operation(unwrap(model)))
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    return found
+
+
+def composites(model: nn.Module) -> Composites:
+    """Every composite unit of a model; see `neuronsurgery.surgery.composites`."""
+    check_model(model)
+    places = survey(unwrap(model)).places
+    return Composites({name: place.bank.rows.members() for name, place in places.items() if place.bank is not None})

@@ -1,0 +1,262 @@
+"""Measuring a model's units: from the gradients that are there, while it trains, or on batches of its own.
+
+Row norms are read from parameters and their gradients, in a step hook where there is an optimizer (then they are
+accumulated, reduced and unscaled). Activations are observed through rewritten forwards for as long as a context is
+open, and only in passes that build a graph, so that rollouts and evaluations do not enter. No hook stays on the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from neuronsurgery.errors import EvidenceError
+from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
+from neuronsurgery.pytorch.operating import banked_names, class_changes
+from neuronsurgery.pytorch.sites import Discovery, Place, discover
+from neuronsurgery.pytorch.taps import listening
+from neuronsurgery.pytorch.transaction import run
+
+__all__ = ["check_source", "evidence_of_gradients", "example_outputs", "observe", "probe"]
+
+
+def evidence_of_gradients(discovery: Discovery) -> Evidence:
+    """One step of evidence from the gradients that the model's parameters hold now.
+
+    Raises:
+        EvidenceError: no site's weight has a gradient.
+    """
+    gradients = {name: place.weight.grad for name, place in discovery.places.items()}
+    present = {name: g for name, g in gradients.items() if g is not None}
+    if gradients and not present:
+        raise EvidenceError(
+            f"no gradients are present: all {len(gradients)} sites' weights have .grad None. Call loss.backward() "
+            "first, or measure with surgery.observe(model, optimizer) in training or surgery.probe(model, batches, "
+            "loss_fn), and pass evidence="
+        )
+    evidence = Evidence(discovery.sites, source=weakref.ref(discovery.model))
+    evidence.record_step(_norms(discovery.places, present))
+    return evidence
+
+
+def check_source(evidence: Evidence, model: nn.Module) -> None:
+    """Refuse evidence that was measured on another model.
+
+    Raises:
+        EvidenceError: the evidence names another model.
+    """
+    source = evidence.source
+    if isinstance(source, weakref.ref) and source() is not model:
+        raise EvidenceError(
+            "this is evidence of another model: it was measured on another object (a copy, or one that no longer "
+            "exists). Measure on the model you operate on"
+        )
+
+
+def row_norms(values: Tensor) -> Tensor:
+    """2-norms of a weight's rows in float32 or better: (num_units, ...) -> (num_units,)."""
+    flat = values.detach().flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
+    return norms
+
+
+def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (row_norms(places[name].weight), row_norms(g)) for name, g in gradients.items()}
+
+
+def _record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
+    norms = _norms(places, gradients)
+    if norms:
+        finite = torch.stack([g.isfinite().all().to("cpu", non_blocking=True) for _, g in norms.values()])
+        evidence.record_step(norms, usable=finite.all())
+
+
+# -- while training --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def observe(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    every: int = 1,
+    sites: Collection[str] = (),
+) -> Iterator[Evidence]:
+    """Measure while the model trains; see `neuronsurgery.surgery.observe`."""
+    if every < 1:
+        raise EvidenceError(f"every={every}: measure every first, second, ... step, so pass 1 or more")
+    model = unwrap(model)
+    discovery = discover(model, include=sites)
+    optimizers = optimizer_state.as_optimizers(optimizer)
+    optimizer_state.check_owners(optimizers, dict(model.named_parameters()))
+    evidence = Evidence(discovery.sites, source=weakref.ref(model))
+    clock = Clock(every)
+    with ExitStack() as stack:
+        stack.enter_context(tapped(discovery, evidence, clock))
+        if optimizers:
+            stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock))
+        else:
+            stack.enter_context(_after_backward(discovery, evidence, clock))
+        yield evidence
+
+
+class Clock:
+    """Counts steps, and says whether the current one is measured."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.step = every, 0
+
+    @property
+    def is_on(self) -> bool:
+        return self.step % self.every == 0
+
+
+@contextmanager
+def _after_optimizer_steps(
+    optimizers: Sequence[Optimizer], discovery: Discovery, evidence: Evidence, clock: Clock
+) -> Iterator[None]:
+    """Read the gradients as each optimizer is about to use them; several optimizers' sites make one step each."""
+
+    def reader(optimizer: Optimizer) -> Callable[..., None]:
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        places = {name: place for name, place in discovery.places.items() if id(place.weight) in owned}
+
+        def read(*_: Any) -> None:
+            if clock.is_on:
+                gradients = {n: p.weight.grad for n, p in places.items() if p.weight.grad is not None}
+                _record_step(evidence, places, gradients)
+            if optimizer is optimizers[-1]:
+                clock.step += 1
+
+        return read
+
+    handles = [optimizer.register_step_pre_hook(reader(optimizer)) for optimizer in optimizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[None]:
+    """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
+    pending: list[bool] = []
+
+    def finish() -> None:
+        pending.clear()
+        if clock.is_on:
+            gradients = {n: p.weight.grad for n, p in discovery.places.items() if p.weight.grad is not None}
+            _record_step(evidence, discovery.places, gradients)
+        clock.step += 1
+
+    def arrived(_: Tensor) -> None:
+        if not pending:
+            pending.append(True)
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+    handles = [
+        place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        for place in discovery.places.values()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- activations -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def tapped(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[None]:
+    """Let the activations of every site flow through taps for as long as the context is open."""
+    sinks = {id(place.weight): SiteSink(name, place, evidence, clock) for name, place in discovery.places.items()}
+    try:
+        with listening(sinks):
+            run(class_changes(discovery, banked_names(discovery.model)))
+            yield
+    finally:  # for the banks that are there by now, and for those who still listen
+        run(class_changes(discovery, banked_names(discovery.model)))
+
+
+class SiteSink:
+    """Adds the activations of one site, and the gradients that arrive at them, to the evidence."""
+
+    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock) -> None:
+        self.name, self.evidence, self.clock = name, evidence, clock
+        self.unit_axis = place.product.unit_axis
+        self.offset = place.path.offset
+
+    def record(self, h: Tensor) -> None:
+        if not (self.clock.is_on and torch.is_grad_enabled() and h.requires_grad):
+            return
+        self.add(h.detach(), Quantity.ACTIVATION)
+        h.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: self.add(gradient.detach(), Quantity.ACTIVATION_GRADIENT)
+        )
+
+    def add(self, values: Tensor, quantity: Quantity) -> None:
+        by_unit = values.abs().movedim(self.unit_axis, 0).reshape(values.shape[self.unit_axis], -1)
+        total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
+        counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
+        total = torch.where(counts, total, torch.zeros_like(total))
+        self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
+
+
+# -- on batches of its own -------------------------------------------------------------------------------------------
+
+
+def probe(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    *,
+    sites: Collection[str] = (),
+) -> Evidence:
+    """Measure on batches without training; see `neuronsurgery.surgery.probe`."""
+    if isinstance(batches, Tensor):
+        raise EvidenceError(
+            "batches is a tensor; pass a list of batches, [batch], so that its rows are not taken for them"
+        )
+    inner = unwrap(model)
+    discovery = discover(inner, include=sites)
+    evidence = Evidence(discovery.sites, source=weakref.ref(inner))
+    weights = {name: place.weight for name, place in discovery.places.items()}
+    with left_alone(inner), tapped(discovery, evidence, Clock(1)):
+        for batch in batches:
+            with torch.enable_grad():
+                loss = loss_fn(model, batch)
+            _check_loss(loss)
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            present = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
+            _record_step(evidence, discovery.places, present)
+    if evidence.num_steps + evidence.num_skipped == 0:
+        raise EvidenceError(
+            "probe found no batch, or none whose loss depends on a site's weights; nothing was measured"
+        )
+    return evidence
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise EvidenceError(f"loss_fn(model, batch) must return a scalar tensor, it returned {found}")
+    if not loss.requires_grad:
+        raise EvidenceError("loss_fn(model, batch) returned a loss without a graph; do not detach it or use no_grad")
+
+
+def example_outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The output tensors of a forward pass with their graph, the model left as it was."""
+    with left_alone(unwrap(model)), torch.enable_grad():
+        return [t for t in pytree.tree_leaves(run_model(model, batch)) if isinstance(t, Tensor)]

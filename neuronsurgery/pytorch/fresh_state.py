@@ -1,0 +1,162 @@
+"""The state that an optimizer gives a fresh parameter, learned by letting its class step on a scratch parameter.
+
+Zeros are what most optimizers start from, and wrong for those that do not (Rprop's step sizes, Adagrad's initial
+accumulator, averages that start at the weights); one mechanism serves the known families and all others.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from neuronsurgery.errors import OptimizerError
+from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
+from neuronsurgery.pytorch.transaction import WriteRows, revert
+
+__all__ = ["Group", "Refresh", "fresh_rows", "is_shared", "own_step", "refuse_coupled"]
+
+Group = dict[str, Any]
+
+
+class Refresh:
+    """Write the state of a fresh parameter into rows, learned from the weights that the rows have by then."""
+
+    def __init__(self, optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor) -> None:
+        self.optimizer, self.group, self.parameter, self.rows = optimizer, group, parameter, rows
+        self.writes: list[WriteRows] = []
+
+    def apply(self) -> None:
+        self.writes = [
+            WriteRows(entry, self.rows.to(entry.device), values)
+            for entry, values in fresh_rows(self.optimizer, self.group, self.parameter, self.rows)
+        ]
+        for write in self.writes:
+            write.apply()
+
+    def revert(self) -> None:
+        revert(self.writes)
+
+
+def fresh_rows(
+    optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (state tensor of the parameter's shape, its (r, ...) fresh rows) for each such tensor."""
+    weights = parameter.detach().index_select(0, rows.to(parameter.device))
+    _, fresh = _scratch_step(optimizer, group, weights, torch.zeros_like(weights))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for key, entry in optimizer.state[parameter].items():
+        if is_shared(key, entry, parameter):
+            continue
+        _refuse_shape(optimizer, key, entry, parameter)
+        if not isinstance(fresh.get(key), Tensor) or fresh[key].shape != weights.shape:
+            raise OptimizerError(
+                f"the operated rows of a parameter need a fresh {key!r}, but {type(optimizer).__name__} has "
+                f"none after its first step, so it cannot be learned. {_ELEMENT_WISE}"
+            )
+        pairs.append((entry, fresh[key]))
+    return pairs
+
+
+def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:
+    """Whether a state entry belongs to the whole parameter: a number, or a tensor of one element."""
+    if isinstance(entry, Tensor):
+        return entry.numel() == 1 and (key == "step" or entry.shape != parameter.shape)
+    return entry is None or isinstance(entry, (int, float, complex, str))
+
+
+def _refuse_shape(optimizer: Optimizer, key: str, entry: object, parameter: nn.Parameter) -> None:
+    if isinstance(entry, Tensor) and entry.shape == parameter.shape:
+        return
+    found = f"shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"type {type(entry).__name__}"
+    raise OptimizerError(
+        f"{type(optimizer).__name__} couples the rows of a parameter of shape {tuple(parameter.shape)}: its "
+        f"state {key!r} has {found}, so single rows cannot be made fresh. {_ELEMENT_WISE}"
+    )
+
+
+_ELEMENT_WISE = (
+    "Give the operated layers an element-wise optimizer (SGD, RMSprop, Adam, AdamW), or operate without "
+    "optimizer=, which leaves its state to you."
+)
+
+
+def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> None:
+    """Refuse an optimizer in which one row's first update depends on another row's weights or gradient.
+
+    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), two steps on two rows do.
+    """
+    if parameter.shape[0] < 2:
+        return
+    cls, shape = type(optimizer).__name__, tuple(parameter.shape)
+    generator = torch.Generator().manual_seed(0)
+    weights, gradient = torch.randn((2, 2, *shape[1:]), generator=generator).to(parameter.detach())
+    factor = _over_rows(torch.tensor([1.0, 3.0]).to(weights), weights)
+    alone, _ = _scratch_step(optimizer, group, weights, gradient)
+    beside, _ = _scratch_step(optimizer, group, weights * factor, gradient * (factor == 1))
+    if not torch.equal(alone[0], beside[0]):
+        raise OptimizerError(
+            f"{cls} couples the rows of a parameter of shape {shape}: the update of one row depends on the "
+            f"others, so single rows cannot be made fresh. {_ELEMENT_WISE}"
+        )
+
+
+def _scratch_step(
+    optimizer: Optimizer, group: Group, weights: Tensor, gradient: Tensor
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """Take one step of the optimizer's class on a scratch parameter; return its weights and its state.
+
+    The group's hyper-parameters apply, except weight decay, which would put a gradient into the state. No
+    hook fires (the class's own `step` is called), and the random state is left as it was.
+    """
+    cls, options = type(optimizer), _scratch_options(group)
+    parameter = nn.Parameter(weights.clone())
+    parameter.grad = gradient.clone()
+    accepted = _accepted_options(cls)
+    with torch.random.fork_rng(devices=[weights.device] if weights.device.type == "cuda" else []):
+        try:
+            scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
+            scratch.param_groups[0].update(options)
+            own_step(cls)(scratch)
+        except Exception as error:
+            raise OptimizerError(
+                f"the state that {cls.__name__} gives a fresh parameter cannot be learned: building one from "
+                "its parameter group and stepping on a scratch copy failed with "
+                f"{type(error).__name__}: {error}. If it wraps another optimizer, pass that one. " + _ELEMENT_WISE
+            ) from error
+    return parameter.detach(), scratch.state.get(parameter, {})
+
+
+def _scratch_options(group: Group) -> Group:
+    options = {key: option for key, option in group.items() if key not in ("params", "param_names")}
+    for key, option in options.items():
+        if isinstance(option, Tensor):
+            options[key] = option.detach().clone()
+    if "weight_decay" in options:
+        options["weight_decay"] = 0.0
+    return options
+
+
+def _accepted_options(cls: type[Optimizer]) -> set[str]:
+    """Return the names that the class's constructor takes, following `**options` to the parents."""
+    names: set[str] = set()
+    for ancestor in cls.__mro__:
+        if "__init__" not in vars(ancestor):
+            continue
+        parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
+        names |= {one.name for one in parameters}
+        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+            break
+    return names
+
+
+def own_step(cls: type[Optimizer]) -> Callable[..., Any]:
+    """Return the class's `step` without the wrappers, which call hooks, that torch puts around it."""
+    step: Any = cls.step
+    while getattr(step, "__code__", None) is HOOK_CALLER:
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]

@@ -1,0 +1,396 @@
+"""The surgical verb: everything is computed, checked and refused first, then changed in small steps that can be undone.
+
+An operation renews the slots of its units (they become the active members), stacks the old and the fresh weights into
+the bank as knowledge and compensation, gives the rows the optimizer state of fresh ones, and lets the module that sees
+producer and activation apply the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from neuronsurgery.composites import Rows
+from neuronsurgery.errors import ModelError, PlanError, UndoError
+from neuronsurgery.plans import Plan
+from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.checking import SameOutput, check_composite
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
+from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.programs import Program, Rewrite, rewritten_class
+from neuronsurgery.pytorch.sites import Discovery, Home, Place, bank_name, discover
+from neuronsurgery.pytorch.taps import is_observed
+from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetClass, SetItem, WriteRows, run
+from neuronsurgery.reports import Report
+
+__all__ = ["banks_of", "operate", "programs_for", "undo"]
+
+Optimizers = tuple[Optimizer, ...]
+
+
+def operate(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    init: Init | None = None,
+    verify: Any = None,
+    generator: torch.Generator | None = None,
+) -> Report:
+    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`."""
+    model = unwrap(model)
+    check_drawing(init, generator)
+    discovery = discover(model, include=list(plan.units))
+    check_plan(plan, discovery)
+    optimizers = optimizer_state.as_optimizers(optimizer)
+    parameters = dict(model.named_parameters())
+    optimizer_state.check_owners(optimizers, parameters)
+    operation = next_operation(model)
+    before = num_weights(model)
+    state = None if generator is None else generator.get_state()
+    try:
+        seed = seed_for(generator, operation)
+        grafts = [
+            graft(discovery.places[name], units, operation, optimizers, init, seed)
+            for name, units in plan.units.items()
+            if units
+        ]
+        changes = [change for each in grafts for change in each.changes]
+        banked = banked_names(model) | {each.place.site.name for each in grafts}
+        changes += class_changes(discovery, banked)
+        check = None if verify is None else SameOutput(model, verify)
+        report = lambda: Report(  # noqa: E731  (within the transaction: either it happened and is on record, or not)
+            operation=operation if grafts else 0,
+            operated={name: tuple(units) for name, units in plan.units.items() if units},
+            declined=plan.declined,
+            errors={each.place.site.name: each.error for each in grafts},
+            plan=plan,
+            parameters_before=before,
+            parameters_after=num_weights(model),
+            notes=(*plan.notes, *_notes(grafts, optimizers, parameters)),
+            verified=check is not None,
+            model_error=None if check is None else check.error,
+        )
+        return run([*changes, *([check] if check else [])], report)
+    except BaseException:
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        raise
+
+
+def check_plan(plan: Plan, discovery: Discovery) -> None:
+    """Refuse a plan that does not fit the model, or weights that no composite can preserve.
+
+    Raises:
+        PlanError: a site that the model does not have, or units out of range.
+        ModelError: weights that are not finite.
+    """
+    for name, units in plan.units.items():
+        if name not in discovery.places:
+            reason = discovery.declined.get(name, "the model has no producer of that name")
+            raise PlanError(f"the plan operates on {name!r}, which is no site of this model: {reason}")
+        place = discovery.places[name]
+        if name in plan.sites and plan.sites[name].num_units != place.site.num_units:
+            raise PlanError(
+                f"the plan was made for {plan.sites[name].num_units} units at {name!r}, the model has "
+                f"{place.site.num_units}; plan again for this model"
+            )
+        if len(set(units)) != len(units) or not all(0 <= unit < place.site.num_units for unit in units):
+            raise PlanError(f"units {list(units)} of {name!r} must be distinct and below {place.site.num_units}")
+        for parameter in (place.weight, place.bias):
+            if parameter is not None and not bool(parameter.detach().isfinite().all()):
+                raise ModelError(
+                    f"the weights of {name!r} are not finite (NaN or infinity); restore the model from a checkpoint, "
+                    "a composite unit would keep the NaN for good"
+                )
+
+
+# -- one site --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """What an operation does to one site: the changes, in order, and what was measured."""
+
+    place: Place
+    changes: list[Change]
+    error: float
+    notes: list[str]
+
+
+def graft(
+    place: Place, units: Sequence[int], operation: int, optimizers: Optimizers, init: Init | None, seed: int
+) -> Graft:
+    """Prepare an operation on one site: nothing is changed yet."""
+    rows = torch.tensor(units, dtype=torch.long, device=place.weight.device)
+    fresh, note = draw(place, rows, init, seed)
+    bank = _extended_bank(place, rows, fresh, operation, _births(place, optimizers))
+    bank.train(place.owners[0][0].training)
+    error = check_composite(place, _renewed_slots(place, rows, fresh), bank)
+    changes = [
+        *_slot_changes(place, rows, fresh, optimizers),
+        *_bank_changes(place, bank),
+    ]
+    notes = [note] if note else []
+    for parameter in place.renewed:
+        if parameter is not None:
+            notes += optimizer_state.notes(optimizers, parameter)
+    return Graft(place, changes, error, notes)
+
+
+def _births(place: Place, optimizers: Optimizers) -> list[int]:
+    """The optimizer step of each of the place's parameters now; -1 where nothing counts."""
+    steps = [None if p is None else optimizer_state.current_step(optimizers, p) for p in place.renewed]
+    return [-1 if step is None else step for step in steps]
+
+
+def _extended_bank(
+    place: Place, rows: Tensor, fresh: Sequence[Tensor | None], operation: int, births: list[int]
+) -> Composite:
+    """A bank with a knowledge and a compensation row for each unit appended."""
+    old = place.bank
+    structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
+        rows.tolist(), operation, [births] * len(rows)
+    )
+    values: list[Tensor | None] = []
+    for index, slot in enumerate((place.weight, place.bias, *place.slopes)):
+        if slot is None:
+            values.append(None)
+            continue
+        name = ("weight", "bias")[index] if index < 2 else f"path_{index - 2}"
+        drawn = fresh[index]
+        knowledge = _slot_rows(slot, rows)
+        compensation = knowledge if drawn is None else drawn
+        frozen = [] if old is None else [old.live(name)]
+        values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
+    return Composite(place.product, place.path, place.site.num_units, structure, values)
+
+
+def _slot_rows(slot: Tensor, rows: Tensor) -> Tensor:
+    """The units' rows of a parameter; of one shared by all units, that one value for each."""
+    slot = slot.detach()
+    return slot.index_select(0, rows) if slot.dim() > 1 or slot.numel() > 1 else slot.reshape(1).expand(len(rows))
+
+
+def _renewed_slots(place: Place, rows: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
+    slots = [None if p is None else p.detach() for p in (place.weight, place.bias, *place.slopes)]
+    return [
+        slot if slot is None or drawn is None else slot.index_copy(0, rows, drawn.to(slot))
+        for slot, drawn in zip(slots, fresh, strict=True)
+    ]
+
+
+def _slot_changes(
+    place: Place, rows: Tensor, values: Sequence[Tensor | None], optimizers: Optimizers
+) -> Iterator[Change]:
+    """Write new rows into the slots: their gradients become zero, their optimizer state a fresh row's."""
+    for parameter, drawn in zip(place.renewed, values, strict=True):
+        if parameter is None or drawn is None:
+            continue
+        yield WriteRows(parameter, rows, drawn)
+        if parameter.grad is not None:
+            yield WriteRows(parameter.grad, rows, torch.zeros_like(drawn))
+        yield from optimizer_state.refresh(optimizers, parameter, rows)
+        step = optimizer_state.current_step(optimizers, parameter)
+        if step is not None:
+            yield from optimizer_state.births(optimizers, parameter, rows, [step] * len(rows))
+
+
+def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
+    """Hang the new bank, or bring the old one up to it: in place wherever the capacity suffices."""
+    old = place.bank
+    if old is None:
+        for owner, name in place.owners:
+            yield SetItem(owner._modules, name, bank)
+        return
+    for name, value in bank._buffers.items():
+        current = old._buffers[name]
+        if current is not None and value is not None and current.shape == value.shape:
+            yield Overwrite(current, value)
+        else:
+            yield SetItem(old._buffers, name, value)
+    yield SetItem(vars(old), "rows", bank.rows)
+
+
+def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+    seen: set[str] = set()
+    for note in (note for each in grafts for note in each.notes):
+        if note not in seen:
+            seen.add(note)
+            yield note
+    if not optimizers and grafts:
+        yield "no optimizer was given: rows keep the old units' optimizer state, and no cooldown can be counted"
+    elif grafts:
+        operated = {id(p) for each in grafts for p in each.place.renewed if p is not None}
+        renewed = {name: p for name, p in parameters.items() if id(p) in operated}
+        if names := optimizer_state.unowned(optimizers, renewed):
+            yield f"no optimizer owns {', '.join(names)}: their active members will not train"
+
+
+# -- classes ---------------------------------------------------------------------------------------------------------
+
+
+def class_changes(discovery: Discovery, banked: Collection[str]) -> list[Change]:
+    """Exchange the class of every module that must apply a bank, or no longer does."""
+    observed = [name for name, place in discovery.places.items() if is_observed(place.weight)]
+    wanted = programs_for(discovery, banked, tapped=observed)
+    changes: list[Change] = []
+    for module in discovery.model.modules():
+        cls = rewritten_class(module, wanted[module]) if module in wanted else original_class(module)
+        if type(module) is not cls:
+            changes.append(SetClass(module, cls))
+    return changes
+
+
+def programs_for(discovery: Discovery, banked: Collection[str], tapped: Collection[str]) -> dict[nn.Module, Program]:
+    """For each scope that holds a site with a bank, or one to observe, the program of its class."""
+    homes: dict[nn.Module, list[tuple[Home, Rewrite]]] = {}
+    for name, place in discovery.places.items():
+        if name in banked or name in tapped:
+            for home in place.homes:
+                bank = bank_path(home) if name in banked else None
+                homes.setdefault(home.scope, []).append((home, Rewrite(home.producer, bank, name in tapped)))
+    return {
+        scope: Program(
+            rewrites=tuple(sorted({rewrite for _, rewrite in found}, key=lambda r: r.producer)),
+            methods=tuple(sorted({home.method for home, _ in found})),
+            inline=frozenset().union(*(home.inline for home, _ in found)),
+        )
+        for scope, found in homes.items()
+    }
+
+
+def bank_path(home: Home) -> str:
+    """Where the scope finds the bank of one of its producers."""
+    owner, _, last = home.producer.rpartition(".")
+    parent = submodule(home.scope, owner)
+    if last in parent._modules:
+        return f"{home.producer}.composite"
+    name = bank_name(parent, last)
+    return f"{owner}.{name}" if owner else name
+
+
+# -- undo ------------------------------------------------------------------------------------------------------------
+
+
+def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Report:
+    """Put the old weights of an operation's units back; see `neuronsurgery.surgery.undo`."""
+    model = unwrap(model)
+    discovery = discover(model)
+    optimizers = optimizer_state.as_optimizers(optimizer)
+    parameters = dict(model.named_parameters())
+    optimizer_state.check_owners(optimizers, parameters)
+    check_undo(report, discovery)
+    before = num_weights(model)
+    changes: list[Change] = []
+    emptied: set[str] = set()
+    for name, units in report.operated.items():
+        place = discovery.places[name]
+        changes += _restored(place, units, report.operation, optimizers)
+        if place.bank is not None and bool(place.bank.rows.of_operation(report.operation).all()):
+            emptied.add(name)
+    changes += class_changes(discovery, banked_names(model) - emptied)
+    record = lambda: Report(  # noqa: E731  (as in `operate`)
+        operation=report.operation,
+        operated=report.operated,
+        declined={},
+        errors={},
+        plan=report.plan,
+        parameters_before=before,
+        parameters_after=num_weights(model),
+        notes=(f"operation {report.operation} was undone",),
+        verified=False,
+        model_error=None,
+    )
+    return run(changes, record)
+
+
+def check_undo(report: Report, discovery: Discovery) -> None:
+    """Refuse to undo what is not the latest operation on each of its units.
+
+    Raises:
+        UndoError: the operation is not in the model's banks, or a later one intervened.
+    """
+    if not report.operated:
+        raise UndoError("the report holds no operated unit: there is nothing to undo")
+    for name, units in report.operated.items():
+        bank = discovery.places[name].bank if name in discovery.places else None
+        found = set() if bank is None else set(bank.rows.unit[bank.rows.of_operation(report.operation)].tolist())
+        if bank is None or found != set(units):
+            raise UndoError(
+                f"operation {report.operation} on {name!r} is not in this model: it was undone, consolidated, or "
+                "done on another model"
+            )
+        later = [unit for unit in units if bank.rows.latest()[unit] != report.operation]
+        if later:
+            raise UndoError(
+                f"operation {bank.rows.latest()[later[0]]} came after operation {report.operation} on units {later} of "
+                f"{name!r}; undo the newest first"
+            )
+
+
+def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Optimizers) -> Iterator[Change]:
+    """Put the knowledge rows of an operation back into their slots, and take its rows out of the bank."""
+    bank = place.bank
+    assert bank is not None
+    mask = bank.rows.of_operation(operation)
+    knowledge = np.flatnonzero(mask & (bank.rows.sign > 0))
+    rows = torch.from_numpy(bank.rows.unit[knowledge].copy()).to(place.weight.device)
+    index = torch.from_numpy(knowledge).to(place.weight.device)
+    live = [bank.live(name) for name in bank.buffer_names()]
+    old = [
+        None if value is None or parameter is None else value.index_select(0, index)
+        for value, parameter in zip(live, place.renewed, strict=True)
+    ]
+    yield from _slot_changes(place, rows, old, optimizers)
+    kept = bank.rows.kept(~mask)
+    if len(kept) == 0:
+        for owner, name in place.owners:
+            yield RemoveItem(owner._modules, name)
+        return
+    keep = torch.from_numpy(np.flatnonzero(~mask)).to(place.weight.device)
+    values = [None if value is None else value.index_select(0, keep) for value in live]
+    yield from _bank_changes(place, Composite(place.product, place.path, place.site.num_units, kept, values))
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+def banks_of(model: nn.Module) -> list[Composite]:
+    """Every bank of a model."""
+    return [module for module in model.modules() if isinstance(module, Composite)]
+
+
+def next_operation(model: nn.Module) -> int:
+    """The number of the next operation on a model: one more than the latest its banks remember."""
+    return 1 + max((int(bank.rows.operation.max()) for bank in banks_of(model)), default=0)
+
+
+def banked_names(model: nn.Module) -> set[str]:
+    """The names of the producers that carry a bank; of several that share one, the first, as its site is named."""
+    names = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Composite):
+            owner, _, last = name.rpartition(".")
+            parameter = last.removesuffix("_composite")
+            names.add(owner if last == "composite" else f"{owner}.{parameter}" if owner else parameter)
+    return names
+
+
+def num_weights(model: nn.Module) -> int:
+    """The numbers a model stores: its parameters and its live frozen rows."""
+    frozen = sum(
+        int(value.numel())
+        for bank in banks_of(model)
+        for name in bank.buffer_names()
+        if (value := bank.live(name)) is not None
+    )
+    return sum(p.numel() for p in model.parameters()) + frozen

@@ -1,0 +1,380 @@
+"""Rewritten forwards: the generated classes that make banks take effect, while the object stays the user's own.
+
+One subclass per (class, program) is generated and cached. Its functions choose a graph by the kind of call and by the
+guards of the trace, tracing the original again when a new kind arrives. A Sequential stays a loop over its children
+that applies a bank where a producer carries one, so that slices and appended children behave.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from neuronsurgery.errors import SurgeryError, UntraceableError
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
+from neuronsurgery.pytorch.taps import offset_of, tap
+from neuronsurgery.pytorch.tracing import Call, default_call, describe, is_namedtuple, trace
+from neuronsurgery.pytorch.unitwise import UnitFunction
+from neuronsurgery.pytorch.uses import Use, find_uses
+
+__all__ = ["Program", "Rewrite", "generated_class", "rewritten_class"]
+
+
+@dataclass(frozen=True, order=True)
+class Rewrite:
+    """One site in one scope: the paths of the producer and of its bank, if any, and whether it is observed."""
+
+    producer: str
+    bank: str | None
+    tapped: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a generated class does: its rewritten sites, the methods concerned, and the children it inlines."""
+
+    rewrites: tuple[Rewrite, ...]
+    methods: tuple[str, ...]
+    inline: frozenset[str]
+
+    def untapped(self) -> Program:
+        """The same without observation."""
+        banked = (replace(rewrite, tapped=False) for rewrite in self.rewrites if rewrite.bank is not None)
+        return replace(self, rewrites=tuple(banked))
+
+
+def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
+    """The generated class for an instance, with the graphs of its default calls ready in both modes.
+
+    Raises:
+        UntraceableError: the default call cannot be traced with these sites.
+    """
+    cls = generated_class(cast(Any, original_class(instance)), program)
+    if not issubclass(cls, RewrittenSequential):
+        for entry in cls._neuronsurgery_entries.values():  # type: ignore[attr-defined]
+            entry.prepare(instance)
+    return cls
+
+
+@functools.cache
+def generated_class(cls: Any, program: Program) -> type:
+    """The subclass of `cls` that runs `program`; one for all instances, so that compiled code and pickles agree."""
+    is_sequential = cls.forward is nn.Sequential.forward
+    base = RewrittenSequential if is_sequential else Rewritten
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    entries = {method: Entry(cls, method, program) for method in program.methods}
+    namespace: dict[str, Any] = {
+        **names,
+        "_neuronsurgery_original": cls,
+        "_neuronsurgery_program": program,
+        "_neuronsurgery_entries": entries,
+    }
+    if not is_sequential:
+        namespace |= {method: entry.function() for method, entry in entries.items()}
+    generated: type[nn.Module] = type(cls)(cls.__name__, (base, cls), namespace)
+    return generated
+
+
+class Rewritten(nn.Module):
+    """The first base of every generated class: pickling and copying go through the original class.
+
+    It derives from nn.Module only so that instances keep their layout and their class can be exchanged.
+    """
+
+    _neuronsurgery_original: type[nn.Module]
+    _neuronsurgery_program: Program
+
+    def __init_subclass__(cls) -> None:
+        """Not passed on: generating a class must not run the user's subclass hook."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        cls, original = type(self), self._neuronsurgery_original
+        arguments = tuple(original if argument is cls else argument for argument in reduced[1])
+        return (_rebuilt, (self._neuronsurgery_program, reduced[0], arguments), *reduced[2:])
+
+
+def _rebuilt(program: Program, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Make an instance as its original class would, then exchange the class."""
+    instance = function(*arguments)
+    object.__setattr__(instance, "__class__", generated_class(cast(Any, original_class(instance)), program))
+    return instance
+
+
+# -- graphs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Graph:
+    """A compiled graph and the guards under which it is the forward."""
+
+    guards: tuple[Guard, ...]
+    run: Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Entry:
+    """One rewritten function of a generated class, with a graph per kind of call."""
+
+    cls: type
+    method: str
+    program: Program
+    graphs: dict[Any, list[Graph]] = field(default_factory=dict)
+
+    def function(self) -> Callable[..., Any]:
+        """The function that takes the original's place: same signature, choosing a graph."""
+        original = inspect.getattr_static(self.cls, self.method)
+        parameters = list(inspect.signature(original).parameters.values())
+        owner, names = parameters[0].name, tuple(p.name for p in parameters[1:])
+        defaults = {f"_default_{p.name}": p.default for p in parameters if p.default is not p.empty}
+        signature = inspect.Signature(
+            [
+                p.replace(
+                    annotation=p.empty,
+                    default=_Name(f"_default_{p.name}") if p.default is not p.empty else p.empty,
+                )
+                for p in parameters
+            ]
+        )
+        values = "".join(f"{name}, " for name in names)
+        source = f"def {self.method}{signature}:\n    return _dispatch({owner}, _entry, _names, ({values}))\n"
+        scope = {"_dispatch": dispatch, "_entry": self, "_names": names, **defaults}
+        exec(compile(source, f"<neuronsurgery {self.cls.__qualname__}.{self.method}>", "exec"), scope)
+        return functools.wraps(original)(scope[self.method])
+
+    def prepare(self, instance: nn.Module) -> None:
+        """Trace the default call in both modes, so that the first real call is already fast and cannot fail."""
+        call = default_call(instance, self.method)
+        if self.find(instance, call.description) is None:
+            self.add(instance, call, None)
+            graphs = self.graphs[call.description]
+            if any(guard.steps == (("attribute", "training"),) for guard in graphs[-1].guards):
+                self.add(instance, call, not instance.training)
+
+    def find(self, instance: nn.Module, description: Any) -> Graph | None:
+        for graph in self.graphs.get(description, ()):
+            if all(guard.holds(instance) for guard in graph.guards):
+                return graph
+        return None
+
+    def add(self, instance: nn.Module, call: Call, training: bool | None) -> Graph:
+        """Trace the original function for a new kind of call and put the banks in."""
+        traced = trace(instance, self.method, call, inline=self.program.inline, training=training)
+        guards = rewrite(traced.graph, instance, self.program)
+        graph = Graph((*traced.guards, *guards), compiled(traced.graph, f"{self.cls.__qualname__}.{self.method}"))
+        self.graphs.setdefault(call.description, []).append(graph)
+        return graph
+
+
+class _Name:
+    """Prints as a bare name where a signature shows a default."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def dispatch(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    """Run the graph for this call; numbers are inputs of the graph where that can be traced, else part of its kind."""
+    leaves: list[Any] = []
+    description = tuple([describe(value, leaves) for value in values])
+    graph = entry.find(instance, description)
+    if graph is not None:
+        return graph.run(instance, *leaves)
+    return _dispatch_rarely(instance, entry, names, values)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _dispatch_rarely(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    failure: UntraceableError | None = None
+    for constant_numbers in (False, True):
+        leaves: list[Any] = []
+        description = tuple([describe(value, leaves, constant_numbers) for value in values])
+        try:
+            graph = entry.find(instance, description) or entry.add(instance, Call(names, description), None)
+        except UntraceableError as error:
+            failure = failure or error
+            continue
+        return graph.run(instance, *leaves)
+    raise UntraceableError(
+        f"{entry.cls.__qualname__}.{entry.method} was called in a new way that cannot be traced, so the composites of "
+        f"this module cannot take effect: {failure}. Call it as before, or undo the operation"
+    ) from failure
+
+
+def compiled(graph: fx.Graph, label: str) -> Callable[..., Any]:
+    """The graph as a Python function of (module, *leaves)."""
+    code = graph.python_code(root_module="self")
+    scope = dict(code.globals) | {kind.__name__: kind for node in graph.nodes for kind in _named_tuples(node.args)}
+    exec(compile(code.src, f"<neuronsurgery graph of {label}>", "exec"), scope)
+    return scope["forward"]  # type: ignore[no-any-return]
+
+
+def _named_tuples(value: Any) -> Iterator[type]:
+    """The classes of named tuples in an argument; inside a dictionary torch.fx prints them by their bare name."""
+    if isinstance(value, (tuple, list, dict)):
+        if is_namedtuple(type(value)):
+            yield type(value)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _named_tuples(item)
+
+
+def rewrite(graph: fx.Graph, scope: nn.Module, program: Program) -> tuple[Guard, ...]:
+    """Put the banks and taps of a program into a traced graph, in place.
+
+    Returns what must hold for the activation functions to stay as they are.
+
+    Raises:
+        UntraceableError: this graph uses a rewritten producer in a way that no bank can follow.
+    """
+    wanted = {rewrite.producer: rewrite for rewrite in program.rewrites}
+    guards: list[Guard] = []
+    for use in find_uses(graph, scope):
+        if use.producer in wanted:
+            if use.end is None:
+                raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
+            guards += _path_guards(use, scope)
+            _insert(graph, use, wanted[use.producer])
+    return tuple(guards)
+
+
+def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
+    """The modules from producer to activation are of the class they were, with the settings they had."""
+    node = use.node
+    while node is not use.end:
+        node = next(iter(node.users))
+        if node.op == "call_module":
+            path = str(node.target)
+            module = submodule(scope, path)
+            yield Guard(path, (("class", None),), original_class(module))
+            if not isinstance(module, nn.Identity):
+                for guard in trace(module, "forward", default_call(module)).guards:
+                    yield replace(guard, module=f"{path}.{guard.module}" if guard.module else path)
+
+
+def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite) -> None:
+    """Evaluate the bank beside its producer, and sum where the activation comes out; observe what consumers get."""
+    assert use.end is not None and use.path is not None
+    h = use.end
+    if rewrite.bank is not None:
+        node, received = _with_input(graph, use)
+        with graph.inserting_after(node):
+            bank = graph.get_attr(rewrite.bank)
+        with graph.inserting_after(bank):
+            z = graph.call_module(rewrite.bank, (received,))
+        with graph.inserting_after(use.end):
+            h = graph.call_function(_combining(use.path.function), (bank, use.end, z))
+        use.end.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
+    if rewrite.tapped:
+        with graph.inserting_after(h):
+            parameter = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
+        with graph.inserting_after(parameter):
+            tapped = graph.call_function(tap, (parameter, h))
+        h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
+
+
+def _combining(function: UnitFunction) -> Callable[[Composite, Tensor, Tensor], Tensor]:
+    """The sum into composite units by the function that this graph applies to the slots."""
+
+    def combine(bank: Composite, h: Tensor, z: Tensor) -> Tensor:
+        return bank.combine(h, z, function)
+
+    return combine
+
+
+def _with_input(graph: fx.Graph, use: Use) -> tuple[fx.Node, fx.Node]:
+    """The last node of the producer's call, and the node of the input that it received after its pre-hooks."""
+    if not use.is_module:
+        arguments = (*use.node.args, use.node.kwargs.get("input"))
+        assert isinstance(arguments[0], fx.Node)
+        return use.node, arguments[0]
+    with graph.inserting_before(use.node):
+        module = graph.get_attr(str(use.node.target))
+        pair = graph.call_function(call_producer, (module, *use.node.args), dict(use.node.kwargs))
+        z = graph.call_function(operator.getitem, (pair, 0))
+        received = graph.call_function(operator.getitem, (pair, 1))
+    use.node.replace_all_uses_with(z)
+    graph.erase_node(use.node)
+    return received, received
+
+
+def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """A producer's output, and the input its forward received: the bank must get what the pre-hooks made of it."""
+    if not (producer._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks):
+        return producer(*args, **kwargs), args[0] if args else kwargs["input"]
+    received: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        received.append(arguments[0] if arguments else named["input"])
+
+    handle = producer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        return producer(*args, **kwargs), received[0]
+    finally:
+        handle.remove()
+
+
+# -- Sequential ------------------------------------------------------------------------------------------------------
+
+
+class RewrittenSequential(Rewritten):
+    """A Sequential whose loop applies a bank where a child carries one, wherever the children are by then."""
+
+    @functools.wraps(nn.Sequential.forward)
+    def forward(self, input: Any) -> Any:
+        producer: Any = None
+        z: Tensor | None = None
+        passed: list[nn.Module] = []
+        remaining = 0
+        for module in self:  # type: ignore[attr-defined]
+            if remaining:
+                input = module(input)
+                passed.append(module)
+                remaining -= 1
+                if not remaining:
+                    input = _combined(producer, passed, input, z)
+                continue
+            bank = module._modules.get("composite")
+            remaining = bank.path.offset if bank is not None else offset_of(module)
+            if remaining:
+                producer, passed = module, []
+                input, received = call_producer(module, input)
+                z = bank(received) if bank is not None else None
+            else:
+                input = module(input)
+        if remaining and z is not None:
+            raise SurgeryError(
+                f"this Sequential ends between {type(producer).__name__} and its activation function, and the "
+                "producer's units are composite units, which exist only after the activation; take a slice that "
+                "ends behind it, or undo the operation"
+            )
+        return input
+
+
+def _combined(producer: nn.Module, passed: list[nn.Module], h: Tensor, z: Tensor | None) -> Tensor:
+    """Composites in place, by the modules that the slots passed, with the settings that these have by now."""
+    bank = producer._modules.get("composite")
+    if isinstance(bank, Composite) and z is not None:
+        found = original_class(passed[-1]).__qualname__
+        if found != bank.path.activation_class:
+            raise SurgeryError(
+                f"the bank of this {type(producer).__name__} was made for the activation {bank.path.activation_class}, "
+                f"and {found} stands there now; undo the operation before you change the activation"
+            )
+        if bank.path.function.parameters:
+            h = bank.combine(h, z)
+        else:
+            for module in passed:
+                z = module.forward(z)
+            h = bank.assemble(h, z)
+    return tap(producer.weight, h) if offset_of(producer) else h

@@ -1,0 +1,63 @@
+"""Where activations are observed: rewritten forwards pass them through `tap`, which is idle unless someone listens.
+
+Listeners are found by the identity of the producer's weight, so that a deep copy made meanwhile (a target network) is
+never measured with the original, and nothing stays on the model when the observation ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Sink", "is_observed", "listening", "offset_of", "tap"]
+
+
+class Sink(Protocol):
+    """Receives the activations of one site; `offset` counts the children to the activation in a Sequential."""
+
+    offset: int
+
+    def record(self, h: Tensor) -> None: ...
+
+
+_SINKS: dict[int, tuple[Sink, ...]] = {}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def tap(weight: nn.Parameter, h: Tensor) -> Tensor:
+    """Show the activations of the site with this weight to its listeners, if there are any, and pass them on."""
+    for sink in _SINKS.get(id(weight), ()):
+        sink.record(h)
+    return h
+
+
+def is_observed(weight: nn.Parameter) -> bool:
+    """Whether anyone listens to the site with this weight."""
+    return id(weight) in _SINKS
+
+
+def offset_of(module: nn.Module) -> int:
+    """The distance to the activation of a child of a Sequential that is being observed; 0 for any other."""
+    sinks = _SINKS.get(id(module._parameters.get("weight"))) if _SINKS else None
+    return sinks[0].offset if sinks else 0
+
+
+@contextmanager
+def listening(sinks: Mapping[int, Sink]) -> Iterator[None]:
+    """Let each sink hear the site whose weight has that id; the caller keeps the weights alive."""
+    before = {key: _SINKS.get(key, ()) for key in sinks}
+    for key, sink in sinks.items():
+        _SINKS[key] = (*before[key], sink)
+    try:
+        yield
+    finally:
+        for key, sink in sinks.items():
+            left = tuple(other for other in _SINKS.get(key, ()) if other is not sink)
+            if left:
+                _SINKS[key] = left
+            else:
+                _SINKS.pop(key, None)

@@ -1,0 +1,439 @@
+"""Reading one forward with torch.fx, shallowly: children stay opaque, every impurity is recorded or refused.
+
+`trace` runs the class's own function on a mirror of the module, with proxies for tensors, and returns the graph, the
+guards under which that graph is the forward, and the places it came from. What a graph cannot repeat soundly (control
+flow on values, attribute writes, Python's random numbers, `no_grad` blocks ...) raises `Untraceable` with the reason
+and the line that caused it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import inspect
+import random
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import GraphAppendingTracer, TraceError
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.mirroring import (
+    Guard,
+    Impurity,
+    Mirror,
+    Reads,
+    child_names,
+    mirror_of,
+    original_class,
+    path_of,
+    submodule,
+)
+
+__all__ = ["Call", "Trace", "bind", "default_call", "describe", "trace"]
+
+Description = Any  # nested tuples; ("tensor",), ("number", type), ("constant", value), or a container of these
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a function was called: the names its arguments bind to, and what each of them was, as nested tuples."""
+
+    names: tuple[str, ...]
+    description: Description
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward as a graph, for one kind of call, and the guards under which it is that forward."""
+
+    graph: fx.Graph
+    call: Call
+    guards: tuple[Guard, ...]
+
+    @property
+    def reads_mode(self) -> bool:
+        """Whether the forward asked for `training` anywhere, so that the other mode is another graph."""
+        return any(guard.steps == (("attribute", "training"),) for guard in self.guards)
+
+
+def trace(
+    module: nn.Module,
+    method: str,
+    call: Call,
+    *,
+    inline: frozenset[str] = frozenset(),
+    training: bool | None = None,
+) -> Trace:
+    """The graph of `type(module).method` for one kind of call, its children opaque but for those named in `inline`.
+
+    `training` is the mode to trace in, None for the module's own.
+
+    Raises:
+        UntraceableError: the function cannot be read soundly; the error carries reason, file and line.
+    """
+    tracer = Tracer(module, inline, training)
+    function = inspect.getattr_static(original_class(module), method)
+    try:
+        with _ambient_refused(), _rng_untouched(), Recording(tracer):
+            bound = tracer.placeholders(call)
+            result = unbind(function, tracer.mirror, bound)
+            tracer.create_node("output", "output", (tracer.create_arg(result),), {})
+        tracer.reads.check_unchanged(tracer.mirrored(module))
+    except (Exception, Impurity) as error:  # whatever a forward raises when it meets a proxy is its reason
+        raise _untraceable(error, module, method) from error
+    return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()))
+
+
+def _untraceable(error: Exception | Impurity, module: nn.Module, method: str) -> UntraceableError:
+    here = __file__.rsplit("/", 1)[0]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
+    own = [f for f in frames if not any(part in f.filename for part in _LIBRARIES)]
+    reason = str(error).split("\n")[0] or type(error).__name__
+    if isinstance(error, TraceError):
+        reason = f"control flow on tensor values or shapes ({reason})"
+    place = (own[-1].filename, own[-1].lineno) if own else (None, None)
+    label = f"{original_class(module).__name__}.{method}"
+    return UntraceableError(f"{label} cannot be traced: {reason}", *place)
+
+
+_LIBRARIES = ("/torch/", contextlib.__file__, mock.__file__)
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------
+
+
+def default_call(module: nn.Module, method: str = "forward") -> Call:
+    """The call with a tensor for each argument that has no default, and the defaults for the rest."""
+    names, parts = [], []
+    for parameter in list(inspect.signature(getattr(original_class(module), method)).parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            value: Description = ("dict", (), ())
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            value = (tuple, (("tensor",),))
+        else:
+            value = ("tensor",) if parameter.default is parameter.empty else describe(parameter.default, [])
+        names.append(parameter.name)
+        parts.append(value)
+    return Call(tuple(names), tuple(parts))
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Argument names to values, defaults filled in (the signature is without `self`)."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def describe(value: Any, leaves: list[Any], constant_numbers: bool = False) -> Description:
+    """What an argument is, hashable, for choosing a graph; tensors (and numbers) are appended to `leaves`."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return ("tensor",)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not constant_numbers:
+        leaves.append(value)
+        return ("number",)
+    if isinstance(value, (tuple, list)):
+        return (type(value), tuple([describe(item, leaves, constant_numbers) for item in value]))
+    if isinstance(value, dict):
+        parts = tuple([describe(item, leaves, constant_numbers) for item in value.values()])
+        return ("dict", tuple(value), parts)
+    if isinstance(value, (type(None), bool, str, int, float, torch.dtype, torch.device)):
+        return ("constant", value)
+    raise UntraceableError(
+        f"an argument of type {type(value).__name__} cannot be part of a traced call; pass tensors, numbers, strings, "
+        "None, or tuples, lists and dictionaries of them"
+    )
+
+
+def unbind(function: Callable[..., Any], module: Any, bound: Mapping[str, Any]) -> Any:
+    """Call a function of a module with its arguments by name, respecting positional-only and starred ones."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        value = bound[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            args.extend(value)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = value
+        else:
+            args.append(value)
+    return function(module, *args, **kwargs)
+
+
+# -- the tracer ------------------------------------------------------------------------------------------------------
+
+
+class Tracer(GraphAppendingTracer):
+    """Records a forward run on a mirror; torch.fx's own Tracer patches nn.Module for the whole process."""
+
+    def __init__(self, module: nn.Module, inline: frozenset[str], training: bool | None) -> None:
+        super().__init__(fx.Graph())
+        self.module, self.inline = module, inline
+        self.mirror, self.mirrors = mirror_of(module, self, training)
+        self.reads = Reads(self.mirrors)
+        self.known_tensors: set[fx.Node] = set()
+        self.registered: dict[int, tuple[Tensor, str]] = {}
+        for name, tensor in _registered_tensors(module):
+            self.registered.setdefault(id(tensor), (tensor, name))
+
+    def mirrored(self, root: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+        for original in root.modules():
+            if id(original) in self.mirrors and not isinstance(original, torch.jit.ScriptModule):
+                yield original, self.mirrors[id(original)]
+
+    # what the mirror reports
+
+    def read_attribute(self, module: Mirror, name: str, value: Any) -> Any:
+        return self.reads.take(path_of(module), (("attribute", name),), value)
+
+    def read_children(self, module: Mirror) -> None:
+        self.reads.note(path_of(module), (("children", None),), child_names(module))  # type: ignore[arg-type]
+
+    def call_module(self, module: Mirror, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = path_of(module)
+        if not path:
+            raise Impurity("calls itself")
+        if path in self.inline:
+            return module.forward(*args, **kwargs)
+        self.reads.check_unchanged(self.mirrored(submodule(self.module, path)))  # no functional_call at work
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    # what torch reports
+
+    def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = getattr(function, "__name__", "")
+        if name == "__set__":
+            raise Impurity(f"assigns the '{function.__self__.__name__}' of a tensor")  # type: ignore[attr-defined]
+        if name == "_set_grad_enabled":
+            raise Impurity("switches gradients on or off inside the forward")
+        if name == "__get__":
+            return self.read_property(function.__self__.__name__, args[0])  # type: ignore[attr-defined]
+        if not is_tensor_method_or_property(function):
+            return self.create_proxy("call_function", function, args, kwargs)
+        if name in _VALUE_READS:
+            raise Impurity(f"reads the values of a tensor ({name.strip('_')})")
+        if name in _SHAPE_READS and issubclass(type(args[0]), Tensor):  # a proxy only claims to be one
+            return function(*args, **kwargs)
+        return self.create_proxy("call_method", name, args, kwargs)
+
+    def read_property(self, name: str, tensor: Tensor) -> Any:
+        if name in ("shape", "ndim"):
+            return getattr(tensor, name)
+        return self.create_proxy("call_function", getattr, (tensor, name), {})
+
+    # what torch.fx asks
+
+    def placeholders(self, call: Call) -> dict[str, Any]:
+        return {name: self.placeholder(name, part) for name, part in zip(call.names, call.description, strict=True)}
+
+    def placeholder(self, name: str, part: Description) -> Any:
+        kind = part[0]
+        if kind == "constant":
+            return part[1]
+        if kind == "dict":
+            entries = {k: self.placeholder(f"{name}_{k}", p) for k, p in zip(part[1], part[2], strict=True)}
+            self.reads.watch(name, entries)
+            return entries
+        if kind in ("tensor", "number"):
+            node = self.create_node("placeholder", name, (), {})
+            self.known_tensors |= {node} if kind == "tensor" else set()
+            return self.proxy(node)
+        items = [self.placeholder(f"{name}_{index}", item) for index, item in enumerate(part[1])]
+        if issubclass(kind, list):
+            self.reads.watch(name, items)
+            return items
+        return kind(*items) if is_namedtuple(kind) else kind(items)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if self.gives_tensor(node):
+            self.known_tensors.add(node)
+        return TensorProxy(node, self) if node in self.known_tensors else OpaqueProxy(node, self)
+
+    def gives_tensor(self, node: fx.Node) -> bool:
+        """Whether a recorded call is known to return one tensor."""
+        if node.op == "call_module":
+            return isinstance(submodule(self.module, str(node.target)), (nn.Linear, nn.modules.conv._ConvNd))
+        name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        return name in _TENSOR_RESULTS and not self.known_tensors.isdisjoint(node.all_input_nodes)
+
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if issubclass(kind, fx.Proxy):
+            return a.node
+        if issubclass(kind, Tensor):
+            return self.tensor_node(a)
+        if issubclass(kind, (tuple, list)) and kind is not torch.Size:
+            items = [self.create_arg(item) for item in a]
+            return kind(*items) if is_namedtuple(kind) else (tuple(items) if issubclass(kind, tuple) else items)
+        if kind is dict:
+            return {self.create_arg(k): self.create_arg(v) for k, v in a.items()}
+        if kind is slice:
+            return slice(*(self.create_arg(part) for part in (a.start, a.stop, a.step)))
+        if kind in _ARGUMENTS or a is Ellipsis or isinstance(a, (torch.Size, range)):
+            return a
+        raise Impurity(f"passes or returns a {kind.__name__}")
+
+    def tensor_node(self, tensor: Tensor) -> fx.Node:
+        known = self.registered.get(id(tensor)) or self.reads.tensors.get(id(tensor))
+        if known is None:
+            raise Impurity("uses a tensor that is neither an argument nor an attribute of the module")
+        node = self.create_node("get_attr", known[1], (), {})
+        self.known_tensors.add(node)
+        return node
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise Impurity("control flow on tensor values or shapes (a tensor or a size decides a branch)")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        frame = inspect.currentframe()
+        assert frame is not None and frame.f_back is not None
+        return _unpacked(obj, frame.f_back.f_back)
+
+
+def _unpacked(obj: Any, frame: Any) -> Iterator[Any]:
+    """`a, b = proxy` can be recorded, as the bytecode says how many; any other iteration cannot."""
+    while frame is not None and frame.f_code.co_filename == fx.proxy.__file__:
+        frame = frame.f_back
+    if frame is not None:
+        instructions = {i.offset: i for i in dis.get_instructions(frame.f_code)}
+        instruction = instructions.get(frame.f_lasti)
+        while instruction is not None and instruction.opname == "CACHE":
+            instruction = instructions.get(instruction.offset + 2)
+        if instruction is not None and instruction.opname == "UNPACK_SEQUENCE":
+            return (obj[index] for index in range(instruction.argval))
+    raise Impurity("control flow on tensor values or shapes (loops over a tensor or a size)")
+
+
+def is_namedtuple(kind: type) -> bool:
+    """Whether a tuple class is a named tuple, which is built from its items one by one."""
+    return "_fields" in vars(kind) or any("_fields" in vars(base) for base in kind.__mro__)
+
+
+class OpaqueProxy(fx.Proxy):
+    """The value of a recorded call, whose type is not known while tracing: a question about it is refused."""
+
+    def __getattr__(self, name: str) -> Any:
+        return OpaqueAttribute(self, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        raise Impurity("asks for the type of a value that is known only when it runs")
+
+    def __len__(self) -> int:
+        raise Impurity("asks for the length of a tensor, which is known only when it runs (x.shape[0] can be recorded)")
+
+
+class TensorProxy(OpaqueProxy):
+    """A tensor argument: `isinstance(x, torch.Tensor)` is true of it, as it will be of the argument."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return Tensor
+
+
+class OpaqueAttribute(fx.proxy.Attribute):
+    """An attribute of a proxy, or a method about to be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.attr in _VALUE_READS:
+            raise Impurity(f"reads the values of a tensor ({self.attr})")
+        return super().__call__(*args, **kwargs)
+
+
+_VALUE_READS = frozenset(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __contains__ __array__ backward "
+    "register_hook requires_grad_ retain_grad data_ptr __iter__ storage untyped_storage __reduce_ex__ "
+    "__deepcopy__ __dlpack__ set_".split()
+)
+_SHAPE_READS = frozenset(
+    "size dim ndimension numel nelement __len__ stride is_floating_point is_complex element_size __hash__".split()
+)
+_TENSOR_RESULTS = frozenset(
+    "add sub mul truediv neg pow matmul abs exp linear conv1d conv2d conv3d relu leaky_relu elu gelu silu tanh sigmoid "
+    "softplus dropout view reshape flatten transpose permute squeeze unsqueeze cat stack float detach clone".split()
+)
+_ARGUMENTS = frozenset(
+    {int, float, complex, str, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+)
+
+
+class Recording(TorchFunctionMode):
+    """Sends every torch function called inside it to the tracer, also those without a proxy (factories, parameters)."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.tracer.call_function(func, args, kwargs or {})
+
+
+def _registered_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter and buffer once, by its first qualified name; frozen rows are none of the forward's business."""
+    for prefix, module in root.named_modules():
+        if not isinstance(module, Composite):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+_AMBIENT = {
+    "is_grad_enabled": "asks torch.is_grad_enabled(), or switches gradients on or off",
+    "is_inference_mode_enabled": "asks torch.is_inference_mode_enabled()",
+    "is_autocast_enabled": "asks torch.is_autocast_enabled()",
+    "get_autocast_dtype": "opens an autocast block, or asks for its dtype",
+}
+
+
+@contextlib.contextmanager
+def _ambient_refused() -> Iterator[None]:
+    """Reads of process-wide switches, and autocast blocks, raise in this thread: a graph would bake in or drop them."""
+    thread = threading.get_ident()
+
+    def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                raise Impurity(reason)
+            return function(*args, **kwargs)
+
+        return refuse
+
+    autocast = torch.amp.autocast_mode.autocast
+    with contextlib.ExitStack() as stack:
+        for name, reason in _AMBIENT.items():
+            stack.enter_context(mock.patch.object(torch, name, refusing(getattr(torch, name), reason)))
+        entering = refusing(autocast.__enter__, "opens an autocast block")
+        stack.enter_context(mock.patch.object(autocast, "__enter__", entering))
+        yield
+
+
+@contextlib.contextmanager
+def _rng_untouched() -> Iterator[None]:
+    """Random numbers of Python and numpy would be baked in: drawing any is refused, the states are put back."""
+    python, legacy = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        yield
+        if random.getstate() != python or not _is_same(np.random.get_state(legacy=False), legacy):
+            raise Impurity("draws random numbers from Python or numpy")
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two states of numpy's generator, nested dictionaries of numbers and arrays, are equal."""
+    if isinstance(a, dict):
+        return all(_is_same(value, b[key]) for key, value in a.items())
+    return bool(np.array_equal(a, b))

@@ -1,0 +1,140 @@
+"""All or nothing: an operation is a list of changes, each of which can be taken back.
+
+Everything that can be computed or refused happens before the first change. The changes are small, in place, and
+keep what they replaced, so a fault between any two of them leaves the model bit for bit as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor
+
+__all__ = ["Change", "Overwrite", "RemoveItem", "SetClass", "SetItem", "WriteRows", "revert", "run"]
+
+
+T = TypeVar("T")
+
+
+class Change(Protocol):
+    """One step of an operation: `apply` does it, `revert` takes it back, also when `apply` failed half way."""
+
+    def apply(self) -> None: ...
+
+    def revert(self) -> None: ...
+
+
+@overload
+def run(changes: Sequence[Change]) -> None: ...
+
+
+@overload
+def run(changes: Sequence[Change], record: Callable[[], T]) -> T: ...
+
+
+def run(changes: Sequence[Change], record: Callable[[], T] | None = None) -> T | None:
+    """Apply the changes in order and return the record of them.
+
+    After a fault, or an interrupt, until the record is written: revert those begun, newest first, and raise it.
+    """
+    begun: list[Change] = []
+    try:
+        for change in changes:
+            begun.append(change)
+            change.apply()
+        return record() if record is not None else None
+    except BaseException:
+        revert(begun)
+        raise
+
+
+def revert(changes: Sequence[Change]) -> None:
+    """Take the changes back, newest first."""
+    for change in reversed(changes):
+        change.revert()
+
+
+class WriteRows:
+    """Overwrite rows (along dim 0) of a tensor in place, without autograd: `tensor[rows] = values`."""
+
+    def __init__(self, tensor: Tensor, rows: Tensor, values: Tensor) -> None:
+        self.tensor, self.rows, self.values = tensor, rows, values
+        self.replaced: Tensor | None = None
+
+    def apply(self) -> None:
+        with torch.no_grad():
+            self.replaced = self.tensor.index_select(0, self.rows)
+            self.tensor.index_copy_(0, self.rows, self.values.to(self.tensor))
+
+    def revert(self) -> None:
+        if self.replaced is not None:
+            with torch.no_grad():
+                self.tensor.index_copy_(0, self.rows, self.replaced)
+
+
+class Overwrite:
+    """Overwrite a whole tensor in place, without autograd."""
+
+    def __init__(self, tensor: Tensor, values: Tensor) -> None:
+        self.tensor, self.values = tensor, values
+        self.replaced: Tensor | None = None
+
+    def apply(self) -> None:
+        self.replaced = self.tensor.detach().clone()
+        with torch.no_grad():
+            self.tensor.copy_(self.values)
+
+    def revert(self) -> None:
+        if self.replaced is not None:
+            with torch.no_grad():
+                self.tensor.copy_(self.replaced)
+
+
+_ABSENT = object()
+
+
+class SetItem:
+    """Put `value` under `key` of a mapping (a module's buffers, say); the order of other keys stays."""
+
+    def __init__(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        self.mapping, self.key, self.value = mapping, key, value
+        self.replaced: Any = mapping.get(key, _ABSENT)
+
+    def apply(self) -> None:
+        self.mapping[self.key] = self.value
+
+    def revert(self) -> None:
+        if self.replaced is _ABSENT:
+            self.mapping.pop(self.key, None)
+        else:
+            self.mapping[self.key] = self.replaced
+
+
+class RemoveItem:
+    """Take a key out of a mapping; taken back, it stands where it stood."""
+
+    def __init__(self, mapping: MutableMapping[Any, Any], key: Any) -> None:
+        self.mapping, self.key = mapping, key
+        self.replaced = dict(mapping)
+
+    def apply(self) -> None:
+        del self.mapping[self.key]
+
+    def revert(self) -> None:
+        self.mapping.clear()
+        self.mapping.update(self.replaced)
+
+
+class SetClass:
+    """Exchange the class of an object for one of the same layout."""
+
+    def __init__(self, instance: Any, cls: type) -> None:
+        self.instance, self.cls, self.replaced = instance, cls, type(instance)
+
+    def apply(self) -> None:
+        object.__setattr__(self.instance, "__class__", self.cls)
+
+    def revert(self) -> None:
+        object.__setattr__(self.instance, "__class__", self.replaced)

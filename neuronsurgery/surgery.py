@@ -1,0 +1,322 @@
+"""The door: operate on a model's units in one call, or stage by stage.
+
+    model --discover--> Sites --score--> Scores --select--> Selection --plan--> Plan --operate--> Report
+
+Each stage returns a frozen, printable value, and uses only what is left of it; `knife` is all of them in one line.
+The composite unit is KNIFE's (arXiv 2606.25335): a frozen knowledge member, a fresh trainable active member and a
+frozen compensation member, whose sum equals the old unit at the moment of surgery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Any, cast
+
+from neuronsurgery.choosing import Custom, Random, Units
+from neuronsurgery.combining import Criterion
+from neuronsurgery.composites import Composites, Member
+from neuronsurgery.criteria import as_criterion
+from neuronsurgery.errors import (
+    CriterionError,
+    DrawError,
+    EquivalenceError,
+    EvidenceError,
+    FormatError,
+    ModelError,
+    OptimizerError,
+    PlanError,
+    SiteError,
+    SurgeryError,
+    UndoError,
+    UntraceableError,
+)
+from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
+from neuronsurgery.plans import MAX_GROWTH, Plan, plan
+from neuronsurgery.reports import Report
+from neuronsurgery.scores import Scores
+from neuronsurgery.scores import score as _score
+from neuronsurgery.selection import COOLDOWN, Selection, select
+from neuronsurgery.sites import Site, Sites
+
+if TYPE_CHECKING:
+    from neuronsurgery.backend import Backend
+
+__all__ = [
+    "Composites",
+    "Criterion",
+    "CriterionError",
+    "Dormant",
+    "DrawError",
+    "EquivalenceError",
+    "Evidence",
+    "EvidenceError",
+    "FormatError",
+    "GraMa",
+    "Lowest",
+    "Member",
+    "ModelError",
+    "OptimizerError",
+    "Plan",
+    "PlanError",
+    "Quantity",
+    "Random",
+    "Report",
+    "Scores",
+    "Selection",
+    "Site",
+    "SiteError",
+    "Sites",
+    "Stagnant",
+    "SurgeryError",
+    "UndoError",
+    "Units",
+    "UntraceableError",
+    "composites",
+    "discover",
+    "knife",
+    "observe",
+    "operate",
+    "plan",
+    "probe",
+    "score",
+    "select",
+    "undo",
+]
+
+
+def knife(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    max_growth: float = MAX_GROWTH,
+    cooldown: int = COOLDOWN,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Replace the units that a criterion chooses by composite units, in place; the model's output does not change.
+
+    Args:
+        model: any `torch.nn.Module`, unmodified; wrappers (DDP, compiled modules) are taken off.
+        criterion: a criterion, its lower-case name (`"stagnant"`, `"dormant"`, `"grama"`), or a function from `Scores`
+            to a mask per site.
+        evidence: what was measured, from `observe` or `probe`. None: the gradients that are there now.
+        optimizer: the optimizer of the model, or several; the operated rows get the state of fresh ones.
+        sites: names of the only sites to consider. Naming a range-bearing site accepts it. None: all that are safe.
+        max_growth: the bound on a site's live frozen rows, as a multiple of its width.
+        cooldown: how many optimizer steps after its last operation a unit is passed over; counted with `optimizer=`.
+        init: fills a fresh weight of the layer's shape in place, as `torch.nn.init` functions do; biases start at
+            zero. None: the layer's own `reset_parameters`.
+        verify: a batch (a tensor, a tuple of arguments, a dictionary of keywords) on which the whole model is compared
+            before and after, in its current mode. None: each composite is checked on random inputs alone.
+        generator: a `torch.Generator` for the fresh draws. None: seeded from `torch.initial_seed()` and the number
+            of the operation. No global random state is touched.
+
+    Returns:
+        The report: what was operated on, what was declined and why, and the measured error.
+
+    Raises:
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> x = torch.randn(16, 4)
+        >>> before = model(x)
+        >>> report = knife(model, Units({"0": [1, 5]}), optimizer=optimizer, verify=x)
+        >>> report.operated["0"], bool(torch.allclose(model(x), before, atol=1e-6))
+        ((1, 5), True)
+    """
+    backend = _backend(model)
+    wanted = as_criterion(criterion)
+    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    found = backend.discover(model, include=_forced(names, wanted), example=verify)
+    if names is not None:
+        found = found.subset(names)
+    _require_sites(found)
+    if evidence is None:
+        evidence = _evidence_now(backend, model, found, wanted)
+    scores = score(found, evidence, wanted, model=model, generator=generator)
+    selection = select(scores, ages=backend.ages(model, optimizer), cooldown=cooldown)
+    chosen = plan(selection, max_growth=max_growth)
+    return backend.operate(model, chosen, optimizer=optimizer, init=init, verify=verify, generator=generator)
+
+
+def discover(model: Any, *, include: Collection[str] = (), example: Any = None) -> Sites:
+    """Find the sites of a model, and the reason for every producer that is none.
+
+    Args:
+        model: any `torch.nn.Module`.
+        include: names of range-bearing producers (a `Linear -> Tanh` head) to accept as sites.
+        example: a batch whose forward pass may show that a range-bearing value enters another layer first, where the
+            model's own code cannot be traced.
+
+    Example:
+        >>> import torch
+        >>> sites = discover(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)))
+        >>> list(sites), sites.declined["2"]
+        (['0'], 'no activation function: the scope returns its output')
+    """
+    return _backend(model).discover(model, include=include, example=example)
+
+
+def observe(
+    model: Any, optimizer: Any = None, every: int = 1, *, sites: Collection[str] = ()
+) -> AbstractContextManager[Evidence]:
+    """Measure a model while it trains, for as long as the `with` block is open.
+
+    With an optimizer, gradients are read as it is about to use them (accumulated, unscaled, reduced over ranks), once a
+    step; steps whose gradients are not finite are skipped and counted. Without one, every backward pass is a step.
+    Activations are measured in passes that build a graph only, so that rollouts and evaluations do not enter.
+
+    Args:
+        model: the model that trains.
+        optimizer: its optimizer, or several.
+        every: measure every so many steps.
+        sites: names of range-bearing producers to measure as well.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with observe(model, optimizer) as evidence:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(16, 4)).square().mean().backward()
+        ...         optimizer.step()
+        >>> evidence.num_steps
+        3
+    """
+    return _backend(model).observe(model, optimizer, every=every, sites=sites)
+
+
+def probe(
+    model: Any, batches: Iterable[Any], loss_fn: Callable[[Any, Any], Any], *, sites: Collection[str] = ()
+) -> Evidence:
+    """Measure a model on batches, one step each, without training it.
+
+    Args:
+        model: the model, in the mode to measure it in.
+        batches: an iterable of batches.
+        loss_fn: `loss_fn(model, batch)` runs the model and returns a scalar loss with its graph.
+        sites: names of range-bearing producers to measure as well.
+
+    Gradients, buffers, random states and modes are left as they were.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> evidence.num_samples("0", Quantity.ACTIVATION), model[0].weight.grad is None
+        (16, True)
+    """
+    return _backend(model).probe(model, batches, loss_fn, sites=sites)
+
+
+def score(
+    sites: Sites, evidence: Evidence | None, criterion: Any, *, model: Any = None, generator: Any = None
+) -> Scores:
+    """Give every unit of the sites its score by a criterion.
+
+    Args:
+        sites: what to score.
+        evidence: what was measured of them; None for a criterion that needs nothing.
+        criterion: a criterion, its name, or a function from `Scores` to masks.
+        model: the model, to check that the evidence is its own, and for the seed of random criteria.
+        generator: a `torch.Generator` for random criteria, used with `model=`.
+
+    Example:
+        >>> sites = Sites({"fc1": Site("fc1", "", "Linear", "relu", num_units=4)})
+        >>> score(sites, None, Units({"fc1": [2]})).unscored
+        FrozenMapping({})
+    """
+    if model is None:
+        return _score(sites, evidence, as_criterion(criterion))
+    backend = _backend(model)
+    if evidence is not None:
+        backend.check_source(evidence, model)
+    return _score(sites, evidence, as_criterion(criterion), seed=backend.seed(model, generator))
+
+
+def operate(
+    model: Any,
+    plan: Plan,
+    optimizer: Any = None,
+    *,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Carry out a plan: the one verb that changes a model. All of it happens, or nothing.
+
+    Args:
+        model: the model the plan was made for, or one of the same structure.
+        plan: what to operate on.
+        optimizer: the model's optimizer, or several; the operated rows get the state of fresh ones.
+        init: as for `knife`.
+        verify: as for `knife`.
+        generator: as for `knife`.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        EquivalenceError: an output moved beyond the tolerance of its dtype.
+        OptimizerError: an optimizer owns none of the parameters, or its state couples rows.
+    """
+    return _backend(model).operate(model, plan, optimizer=optimizer, init=init, verify=verify, generator=generator)
+
+
+def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
+    """Put the old weights of an operation's units back, and take its frozen rows out of the banks.
+
+    What the active members learned since is gone. Their rows get the optimizer state of fresh ones.
+
+    Raises:
+        UndoError: a later operation intervened on one of the units (undo that one first), or it is not in the model.
+    """
+    return _backend(model).undo(model, report, optimizer=optimizer)
+
+
+def composites(model: Any) -> Composites:
+    """List the composite units of a model, member by member."""
+    return _backend(model).composites(model)
+
+
+def _backend(model: Any) -> Backend:
+    """The backend that a model belongs to, imported only now.
+
+    Raises:
+        ModelError: the model is no torch.nn.Module.
+    """
+    if not any(cls.__module__.partition(".")[0] == "torch" for cls in type(model).__mro__):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ModelError(f"expected a torch.nn.Module, found {found}; pass the model itself")
+    import neuronsurgery.pytorch
+
+    return cast("Backend", neuronsurgery.pytorch)
+
+
+def _forced(names: list[str] | None, criterion: Criterion) -> list[str]:
+    """The sites that the user named: in `sites=`, or unit by unit."""
+    return [*(names or []), *(criterion.units if isinstance(criterion, Units) else [])]
+
+
+def _require_sites(sites: Sites) -> None:
+    if not sites:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(sites.declined.items())[:5])
+        raise SiteError(f"the model has no site to operate on. {reasons or 'It has no Linear or convolution layer'}")
+
+
+def _evidence_now(backend: Backend, model: Any, sites: Sites, criterion: Criterion) -> Evidence | None:
+    """The gradients that are there, for a criterion that asks for them; a function of the scores takes what there is."""
+    if criterion.needs & {Quantity.UPDATE_ACTIVITY, Quantity.RELATIVE_UPDATE_ACTIVITY}:
+        return backend.measure(model, sites)
+    if any(isinstance(leaf, Custom) for leaf in criterion.leaves()):
+        with suppress(EvidenceError):
+            return backend.measure(model, sites)
+    return None
