@@ -19,14 +19,14 @@ class Report(Value):
     >>> made = Plan({"fc1": (0, 3)}, {}, "Units(units={'fc1': (0, 3)})", 4.0, (), sites)
     >>> report = Report(
     ...     operation=1, operated={"fc1": (0, 3)}, declined={}, errors={"fc1": 1e-8}, plan=made,
-    ...     parameters_before=58, parameters_after=58, notes=(), verified=False, model_error=None,
+    ...     parameters_before=58, parameters_after=94, notes=(), verified=False, model_error=None,
     ... )
     >>> print(report)
     Operation 1: 2 units operated on, chosen by Units(units={'fc1': (0, 3)})
     | site | activation_fn | units operated / units | frozen rows after | relative error |
     |------|---------------|------------------------|-------------------|----------------|
     | fc1  | relu          | 2 / 4                  |                 4 |          1e-08 |
-    parameters: 58 before, 58 after
+    parameters: 58 before, 94 after
     trace: unverified (pass verify=batch to compare the whole model)
     >>> report.num_units, report.max_error
     (2, 1e-08)
@@ -45,9 +45,9 @@ class Report(Value):
     plan: Plan
     """The plan that was carried out."""
     parameters_before: int
-    """Number of elements of the model's parameters before the operation."""
+    """The numbers that the model held before the operation: its parameters and its live frozen rows."""
     parameters_after: int
-    """The same afterwards; frozen rows are buffers and do not count."""
+    """The same afterwards: the parameters as before, and the rows that the operation froze."""
     notes: tuple[str, ...]
     """What a reader should know."""
     verified: bool

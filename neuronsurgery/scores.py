@@ -102,7 +102,7 @@ def _measured(sites: Sites, evidence: Evidence | None) -> dict[str, Mapping[Quan
             found = "no such site" if known is None else f"{known.num_units} units"
             raise EvidenceError(
                 f"evidence of another model: site {name!r} has {site.num_units} units here; the evidence has "
-                f"{found}: measure this model with surgery.observe or surgery.probe"
+                f"{found}: measure this model with surgery.observe or surgery.probe (sites= for range-bearing ones)"
             )
     return {name: evidence.measured(name) for name in sites}
 

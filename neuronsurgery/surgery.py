@@ -140,7 +140,9 @@ def knife(
     if names is not None:
         found = found.subset(names)
     _require_sites(found)
-    if evidence is None:
+    if evidence is not None:
+        found = _as_measured(found, evidence, _forced(names, wanted))
+    else:
         evidence = _evidence_now(backend, model, found, wanted)
     scores = score(found, evidence, wanted, model=model, generator=generator)
     selection = select(scores, ages=backend.ages(model, optimizer), cooldown=cooldown)
@@ -234,7 +236,7 @@ def score(
     Example:
         >>> sites = Sites({"fc1": Site("fc1", "", "Linear", "relu", num_units=4)})
         >>> score(sites, None, Units({"fc1": [2]})).unscored
-        FrozenMapping({})
+        {}
     """
     if model is None:
         return _score(sites, evidence, as_criterion(criterion))
@@ -312,8 +314,17 @@ def _require_sites(sites: Sites) -> None:
         raise SiteError(f"the model has no site to operate on. {reasons or 'It has no Linear or convolution layer'}")
 
 
+def _as_measured(sites: Sites, evidence: Evidence, named: list[str]) -> Sites:
+    """Without sites that only the `verify=` batch showed, after the measuring; what was named stays, to be refused."""
+    reason = "it was not measured: name it in sites= of observe or probe"
+    missing = {name: reason for name in sites if name not in evidence.sites and name not in named}
+    if len(missing) == len(sites):
+        return sites  # evidence of another model
+    return Sites({n: site for n, site in sites.items() if n not in missing}, {**sites.declined, **missing})
+
+
 def _evidence_now(backend: Backend, model: Any, sites: Sites, criterion: Criterion) -> Evidence | None:
-    """The gradients that are there, for a criterion that asks for them; a function of the scores takes what there is."""
+    """The gradients that are there, for a criterion that asks for them; a function takes what there is."""
     if criterion.needs & {Quantity.UPDATE_ACTIVITY, Quantity.RELATIVE_UPDATE_ACTIVITY}:
         return backend.measure(model, sites)
     if any(isinstance(leaf, Custom) for leaf in criterion.leaves()):

@@ -85,6 +85,7 @@ class Observed:
 
 def observe_output(model: nn.Module, batch: Any) -> Observed:
     """Run the model on a batch in its current mode, and leave its buffers and all random states as they were."""
+    torch.clear_autocast_cache()  # inside an autocast block it may hold casts of weights that have changed
     mode = _LastProduct()
     with torch.no_grad(), left_alone(model), mode:
         tensors = [t.clone() for t in pytree.tree_leaves(run_model(model, batch)) if isinstance(t, Tensor)]

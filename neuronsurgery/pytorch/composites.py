@@ -138,7 +138,8 @@ class Composite(nn.Module):
         """The site's unit-wise function on the rows, with their own frozen path parameters.
 
         Raises:
-            SurgeryError: a function with other parameters; a slope per unit, and the units are not on axis 1, so that torch takes it along another axis.
+            SurgeryError: a function with other parameters; or a slope per unit where the units are not on axis 1, so
+                that torch takes it along another axis.
         """
         if self.path.per_unit and z.dim() + self.product.unit_axis != 1:
             raise SurgeryError(

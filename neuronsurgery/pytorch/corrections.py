@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
@@ -53,15 +55,15 @@ def family_of(optimizer: Optimizer) -> Family | None:
 class Young:
     """The young rows of one parameter, on its device; `weights` and `step` are as they were before the step.
 
-    `rows`: (r,) int64, ascending; `births`: (r,) float, NaN for a row to be forgotten, none after `latest`; `common`:
-    the one birth of all rows, where they have one; `is_all`: these are all rows of the parameter; `weights`: (r, ...);
-    `step`: 0-d when it lives on the device.
+    `rows`: (r,) int64, ascending; `births`: (r,) float, NaN for a row to be forgotten, none after `latest`;
+    `host_births`: the same as numbers of the host, just one where all rows have the same; `is_all`: these are all rows
+    of the parameter; `weights`: (r, ...); `step`: 0-d when it lives on the device.
     """
 
     rows: Tensor
     births: Tensor
     latest: float
-    common: float | None
+    host_births: float | NDArray[np.float64]
     is_all: bool
     weights: Tensor | None = None
     step: float | Tensor | None = None
@@ -72,12 +74,20 @@ class Young:
         is_young = births > 0
         rows, order = rows[is_young].sort()
         births = births[is_young][order]
-        common = float(births[0]) if len(births) and bool((births == births[0]).all()) else None
-        return Young(rows, births, latest, common, len(rows) == parameter.shape[0])
+        on_host = births.cpu().numpy().astype(np.float64)
+        is_common = len(on_host) > 0 and bool((on_host == on_host[0]).all())
+        return Young(rows, births, latest, float(on_host[0]) if is_common else on_host, len(rows) == parameter.shape[0])
 
     def select(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor of the parameter's shape, to be read only."""
         return tensor.detach() if self.is_all else tensor.index_select(0, self.rows)
+
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Overwrite the rows of such a tensor."""
+        if self.is_all:
+            tensor.copy_(values)
+        else:
+            tensor.index_copy_(0, self.rows, values.to(tensor))
 
 
 # -- step hooks ------------------------------------------------------------------------------------------------------
@@ -100,8 +110,8 @@ class Corrections:
         self.num_steps = 0
 
     def install(self, optimizer: Optimizer) -> Iterable[RemovableHandle]:
-        yield optimizer.register_step_pre_hook(self.before_step)
-        yield optimizer.register_step_post_hook(self.after_step)
+        yield optimizer.register_step_pre_hook(torch.compiler.disable(self.before_step))
+        yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -114,7 +124,8 @@ class Corrections:
             step = _count(optimizer.state.get(parameter, {}).get("step", 0.0), young.births)
             if family is not None and family.ages and isinstance(step, float) and young.latest > step:
                 young = self.young[parameter] = _born_until(parameter, young, step)
-            young.weights, young.step = parameter.index_select(0, young.rows), step
+            young.weights = parameter.detach().clone() if young.is_all else young.select(parameter)
+            young.step = step
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -127,7 +138,7 @@ class Corrections:
         for parameter, group in due:
             young = self.young.get(parameter)
             if young is None or young.weights is None:
-                continue  # rows without a snapshot were overwritten during this step, by another hook: it was not theirs
+                continue  # no snapshot: overwritten during this step, by another hook, so the step was not theirs
             remaining = family.correct(optimizer, parameter, group, young, sweep)
             if remaining is None:
                 del self.young[parameter]
@@ -208,10 +219,9 @@ def _correct_dampening(
         return young
     if buffer is not None and group["momentum"] and group["dampening"] != 1:
         assert young.weights is not None, "the step hooks come in pairs"
-        first = buffer.index_select(0, young.rows) / (1 - group["dampening"])
-        buffer.index_copy_(0, young.rows, first)
-        moved = young.weights - _on(group["lr"], parameter) * first
-        parameter.index_copy_(0, young.rows, moved.to(parameter))
+        first = young.select(buffer) / (1 - group["dampening"])
+        young.write(buffer, first)
+        young.write(parameter, young.weights - _on(group["lr"], parameter) * first)
     return None
 
 
@@ -240,7 +250,7 @@ def _correct_bias(
         moved = _adam_update(group, young, step, state["exp_avg"], square, is_decoupled=is_decoupled)
         if isinstance(is_due, Tensor):
             moved = torch.where(_over_rows(is_due, moved), moved.to(parameter), young.select(parameter))
-        parameter.index_copy_(0, young.rows, moved.to(parameter))
+        young.write(parameter, moved)
     return _still_young(parameter, young, group, step) if sweep else young
 
 
@@ -253,7 +263,6 @@ def _is_due(young: Young, step: float | Tensor) -> bool | Tensor:
     counted = step - young.step == 1
     if isinstance(counted, bool):
         return counted
-    young.common = None
     young.births.masked_fill_(young.births > young.step, torch.nan)
     return (step - young.births >= 1) & counted
 
@@ -264,27 +273,40 @@ def _adam_update(
     """Return `w (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps)`, (r, ...), its decay only where it is decoupled.
 
     `moment`, `square`: the parameter's. Kingma & Ba 2015, algorithm 1, with both corrections moved into the rate and
-    eps as in the note below it; Loshchilov & Hutter 2019, algorithm 2, with the schedule multiplier in `lr` and decay
-    times `lr`, as torch has it. Complex numbers count as pairs.
+    eps as their section 2 has it; Loshchilov & Hutter 2019, algorithm 2, with the schedule multiplier in `lr` and decay
+    times `lr`, as torch has it. Complex numbers count as pairs. Computes in the young rows' snapshot.
     """
     assert young.weights is not None, "the step hooks come in pairs"
     weights, moment, square = young.weights, young.select(moment), young.select(square)
-    if weights.is_complex():
+    is_complex, dtype = weights.is_complex(), young.births.dtype
+    if is_complex:
         weights, moment, square = (torch.view_as_real(entry) for entry in (weights, moment, square))
-    weights, moment, square = (entry.to(young.births.dtype) for entry in (weights, moment, square))
-    lr, decay, beta, beta_square = (_on(one, young.births) for one in (group["lr"], group["weight_decay"], *group["betas"]))
-    is_on_host = not any(isinstance(one, Tensor) for one in (lr, beta, beta_square, step))
-    ages: Any = step - (young.common if is_on_host and young.common is not None else young.births)
+    if weights.dtype is not dtype:
+        weights, moment, square = (entry.to(dtype) for entry in (weights, moment, square))
+    if is_decoupled:
+        weights.mul_(1 - _on(group["lr"], weights) * _on(group["weight_decay"], weights))
+    rate, eps = _rate_and_eps(group, young, step)
+    if isinstance(rate, Tensor):
+        moment, rate, eps = moment * _over_rows(rate, weights), 1.0, _over_rows(eps, weights)
+    weights.addcdiv_(moment, square.sqrt().add_(eps), value=-rate)
+    return torch.view_as_complex(weights) if is_complex else weights
+
+
+def _rate_and_eps(group: Group, young: Young, step: float | Tensor) -> tuple[Any, Any]:
+    """Return `lr sqrt(1 - beta_2^age) / (1 - beta_1^age)` and `eps sqrt(1 - beta_2^age)`: two numbers, or two (r,).
+
+    What the host can compute it does, in float64: on a few numbers torch's overhead is all there is.
+    """
+    lr, (beta, beta_square) = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) or isinstance(beta, Tensor):
+        lr, beta, beta_square = (_on(setting, young.births) for setting in (lr, beta, beta_square))
+    is_on_host = not any(isinstance(one, Tensor) for one in (step, lr, beta, beta_square))
+    ages = step - (young.host_births if is_on_host else young.births)
     root = _bias(beta_square, ages) ** 0.5
     rate, eps = lr * root / _bias(beta, ages), group["eps"] * root
-    if is_decoupled:
-        weights.mul_(1 - lr * decay)
-    if isinstance(rate, Tensor):
-        rate, eps = _over_rows(rate, weights), _over_rows(eps, weights)
-        weights.sub_(moment * rate / square.sqrt().add_(eps))
-    else:
-        weights.addcdiv_(moment, square.sqrt().add_(eps), value=-rate)
-    return torch.view_as_complex(weights) if young.weights.is_complex() else weights
+    if isinstance(rate, np.ndarray):
+        return torch.from_numpy(rate).to(young.births), torch.from_numpy(eps).to(young.births)
+    return rate, eps
 
 
 def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: float | Tensor) -> Young | None:
@@ -294,18 +316,19 @@ def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: floa
     betas = [_on(beta, young.births) for beta in group["betas"]]
     differ = torch.stack([1 - _bias(beta, ages) / _bias(beta, full_ages) > tolerance for beta in betas])
     stays = differ.any(dim=0) & ~young.births.isnan()
+    if bool(stays.all()):
+        return young
     if not bool(stays.any()):
         return None
     return Young.of(parameter, young.rows[stays], young.births[stays], young.latest)
 
 
 def _bias(beta: float | Tensor, ages: Any) -> Any:
-    """Return `1 - beta ** age` without cancellation, for ages that are a number or a tensor."""
+    """Return `1 - beta ** age` without cancellation, for ages that are a number, an array or a tensor."""
     if isinstance(beta, Tensor):
         return -torch.expm1(ages * beta.log())
-    if isinstance(ages, Tensor):
-        return -torch.expm1(ages * math.log(beta)) if beta > 0 else torch.ones_like(ages)
-    return -math.expm1(ages * math.log(beta)) if beta > 0 else 1.0
+    exponents = ages * (math.log(beta) if beta > 0 else -math.inf)
+    return -(torch if isinstance(exponents, Tensor) else np).expm1(exponents)
 
 
 def _count(step: float | Tensor, like: Tensor) -> float | Tensor:
@@ -319,7 +342,7 @@ def _on(scalar: Any, like: Tensor) -> Any:
     """Return a hyper-parameter as it can be combined with `like`: a number where the host can read it, or 0-d."""
     if isinstance(scalar, Tensor) and scalar.device.type != "cpu":
         return scalar.detach().to(like).reshape(())
-    return float(scalar)
+    return float(scalar.detach()) if isinstance(scalar, Tensor) else float(scalar)
 
 
 def _over_rows(column: Tensor, like: Tensor) -> Tensor:

@@ -57,13 +57,17 @@ def check_source(evidence: Evidence, model: nn.Module) -> None:
 
 
 def ages(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> dict[str, dict[int, int]]:
-    """Optimizer steps since the latest operation on each composite unit, where an optimizer counts them."""
+    """Optimizer steps since the latest operation on each composite unit, where they are counted.
+
+    Units whose birth lies ahead of the count are left out, and so count as old: they were born before an optimizer or a
+    clock that was not saved with them was started anew.
+    """
     optimizers = optimizer_state.as_optimizers(optimizer)
     if not optimizers or not banks_of(unwrap(model)):
         return {}
     found: dict[str, dict[int, int]] = {}
     for name, place in survey(unwrap(model)).places.items():
-        now = optimizer_state.current_step(optimizers, place.weight)
+        now = optimizer_state.age_clock(optimizers, place.weight)
         if place.bank is None or now is None:
             continue
         births = {m.unit: m.births[0] for m in place.bank.rows.members()}  # in order: the latest operation stays

@@ -95,7 +95,7 @@ def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter) 
     cls, shape = type(optimizer).__name__, tuple(parameter.shape)
     generator = torch.Generator().manual_seed(0)
     weights, gradient = torch.randn((2, 2, *shape[1:]), generator=generator).to(parameter.detach())
-    factor = _over_rows(torch.tensor([1.0, 3.0]).to(weights), weights)
+    factor = torch.tensor([1.0, 3.0]).to(weights).view(2, *[1] * (weights.dim() - 1))
     alone, _ = _scratch_step(optimizer, group, weights, gradient)
     beside, _ = _scratch_step(optimizer, group, weights * factor, gradient * (factor == 1))
     if not torch.equal(alone[0], beside[0]):

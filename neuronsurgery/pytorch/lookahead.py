@@ -75,7 +75,7 @@ class Lookahead:
     needs_proof: bool = True
 
     def why_not(self, scope: nn.Module, node: fx.Node, *, needs_proof: bool = True) -> str | None:
-        """The use before another producer, in words, that may rely on the range of a node's value; None if there is none.
+        """The use before another producer, in words, that may rely on the range of a node's value; None: no use does.
 
         With `needs_proof` every use must be known to be harmless; without, only a function that is not defined for
         negative values counts (a ReLU's value under a square root: a composite of ReLUs can be negative).
@@ -124,7 +124,9 @@ class Lookahead:
             return _first(self._inside(inner, graph, node, user) for graph in graphs)
         if user.args == (node,) and not isinstance(function_of_module(module), str):
             name = getattr(function_of_module(module), "name", "")
-            return self._uses(scope, user) if name in PASSING else self._doubt(f"'{name}' ({path}) may rely on its range")
+            if name in PASSING:
+                return self._uses(scope, user)
+            return self._doubt(f"'{name}' ({path}) may rely on its range")
         return self._doubt(f"it enters '{path}', which cannot be followed")
 
     def _inside(self, inner: nn.Module, graph: fx.Graph, node: fx.Node, user: fx.Node) -> str | None:

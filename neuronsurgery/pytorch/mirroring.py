@@ -131,7 +131,8 @@ def _is_class_data(cls: type, name: str) -> bool:
     """Whether a name that an instance lacks is plain data of the user's class: no method, property or torch's own."""
     for base in cls.__mro__:
         if name in vars(base):
-            return base.__module__.partition(".")[0] != "torch" and not hasattr(type(vars(base)[name]), "__get__")
+            is_bound = any("__get__" in vars(kind) for kind in type(vars(base)[name]).__mro__)
+            return base.__module__.partition(".")[0] != "torch" and not is_bound
     return False
 
 

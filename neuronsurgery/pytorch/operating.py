@@ -142,13 +142,14 @@ def graft(
     notes = [note] if note else []
     for parameter in place.renewed:
         if parameter is not None:
+            changes += optimizer_state.start_clocks(optimizers, parameter)
             notes += optimizer_state.notes(optimizers, parameter)
     return Graft(place, changes, error, notes)
 
 
 def _births(place: Place, optimizers: Optimizers) -> list[int]:
-    """The optimizer step of each of the place's parameters now; -1 where nothing counts."""
-    steps = [None if p is None else optimizer_state.current_step(optimizers, p) for p in place.renewed]
+    """The optimizer step of each of the place's parameters now; -1 where no optimizer owns it."""
+    steps = [None if p is None else optimizer_state.birth_step(optimizers, p) for p in place.renewed]
     return [-1 if step is None else step for step in steps]
 
 

@@ -45,11 +45,6 @@ class Program:
     methods: tuple[str, ...]
     inline: frozenset[str]
 
-    def untapped(self) -> Program:
-        """The same without observation."""
-        banked = (replace(rewrite, tapped=False) for rewrite in self.rewrites if rewrite.bank is not None)
-        return replace(self, rewrites=tuple(banked))
-
 
 def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
     """The generated class for an instance, with the graphs of its default calls ready in both modes.
@@ -331,7 +326,7 @@ class RewrittenSequential(Rewritten):
     """A Sequential whose loop applies a bank where a child carries one, wherever the children are by then."""
 
     @functools.wraps(nn.Sequential.forward)
-    def forward(self, input: Any) -> Any:
+    def forward(self, input: Any) -> Any:  # type: ignore[override]
         producer: Any = None
         z: Tensor | None = None
         passed: list[nn.Module] = []

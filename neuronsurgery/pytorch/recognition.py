@@ -47,13 +47,9 @@ def function_of_node(node: fx.Node, value: fx.Node) -> UnitFunction | str:
     name = canonical_name(node)
     if name not in FREE | RANGE_BEARING | NEUTRAL:
         return _why_not(name)
-    function = _qualified(node)
-    if function is None:
-        return f"'{name}' is not a function of torch"
     parameters: list[str] = []
-    steps_of = _arguments({value: Earlier(0)}, parameters, name)
     try:
-        step = Step(function, tuple(map(steps_of, node.args)), tuple((k, steps_of(v)) for k, v in node.kwargs.items()))
+        step = _step(node, {value: Earlier(0)}, parameters)
     except LookupError:
         return f"another tensor enters at '{name}', between producer and activation"
     return UnitFunction((step,), name, kind_of(name), tuple(parameters))
@@ -88,13 +84,11 @@ def _function_of_graph(graph: fx.Graph, label: str) -> UnitFunction | str:
         elif node.op == "output":
             result = node.args[0]
         elif node.op in ("call_function", "call_method"):
-            name, function = canonical_name(node), _qualified(node)
-            if name not in FREE | RANGE_BEARING | NEUTRAL or function is None:
+            name = canonical_name(node)
+            if name not in FREE | RANGE_BEARING | NEUTRAL:
                 return _why_not(name)
-            convert = _arguments(values, parameters, name)
             try:
-                kwargs = tuple((k, convert(v)) for k, v in node.kwargs.items())
-                steps.append(Step(function, tuple(map(convert, node.args)), kwargs))
+                steps.append(_step(node, values, parameters))
             except LookupError:
                 return f"{label} is not unit-wise"
             values[node] = Earlier(len(steps))
@@ -116,6 +110,20 @@ def _classified(
     if len(nonlinear) == 1 and not products:
         return UnitFunction(steps, nonlinear[0], kind_of(nonlinear[0]), parameters)
     return UnitFunction(steps, label, Kind.RANGE_BEARING, parameters)  # compound: its range is not known
+
+
+def _step(node: fx.Node, values: dict[fx.Node, Any], parameters: list[str]) -> Step:
+    """A node as a step; LookupError if it is no function of torch, or takes a tensor from elsewhere.
+
+    Whether it works in place does not matter to the rows of a bank.
+    """
+    name = canonical_name(node)
+    function = qualified_name(node.target, name, node.op == "call_method")
+    if function is None:
+        raise LookupError(name)
+    convert = _arguments(values, parameters, name)
+    kwargs = {key: convert(value) for key, value in node.kwargs.items() if key != "inplace"}
+    return Step(function, tuple(map(convert, node.args)), tuple(kwargs.items()))
 
 
 def _arguments(values: dict[fx.Node, Any], parameters: list[str], name: str) -> Callable[[Any], Any]:
@@ -154,7 +162,3 @@ def _why_not(name: str) -> str:
     if name in RANDOM:
         return f"'{name}' is random"
     return f"no activation function: '{name}' reads it first"
-
-
-def _qualified(node: fx.Node) -> str | None:
-    return qualified_name(node.target, canonical_name(node), node.op == "call_method")

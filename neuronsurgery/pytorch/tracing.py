@@ -329,6 +329,8 @@ class OpaqueProxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
+        if not is_type_question(inspect.currentframe()):
+            return OpaqueProxy
         raise Impurity("asks for the type of a value that is known only when it runs")
 
     def __len__(self) -> int:
@@ -340,7 +342,30 @@ class TensorProxy(OpaqueProxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return Tensor
+        return Tensor if is_type_question(inspect.currentframe()) else TensorProxy
+
+
+def is_type_question(frame: Any) -> bool:
+    """Whether `__class__` is read for Python code that asks for the type: by isinstance, match or attribute access.
+
+    Some of torch's C functions (torch.pow, torch.where ...) read it too when one of their overloads takes a number,
+    and unpack what claims to be a tensor, which ends the process.
+
+    Raises:
+        Impurity: the function that calls may do both, and which of them it does cannot be told.
+    """
+    code, position = frame.f_back.f_code, frame.f_back.f_lasti
+    if dis.opname[code.co_code[position]] in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS"):
+        return True
+    if "isinstance" in code.co_names and not _UNPACKING.isdisjoint(code.co_names):
+        raise Impurity("asks isinstance of a tensor in a function that also calls torch.where, torch.pow or the like")
+    return "isinstance" in code.co_names
+
+
+_UNPACKING = frozenset(
+    "pow float_power where remainder xlogy xlog1py zeta isin result_type bitwise_and bitwise_or bitwise_xor "
+    "bitwise_left_shift bitwise_right_shift".split()
+)
 
 
 class OpaqueAttribute(fx.proxy.Attribute):

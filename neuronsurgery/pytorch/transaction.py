@@ -44,6 +44,7 @@ def run(changes: Sequence[Change], record: Callable[[], T] | None = None) -> T |
         for change in changes:
             begun.append(change)
             change.apply()
+        torch.clear_autocast_cache()  # inside an autocast block it still holds casts of the old weights
         return record() if record is not None else None
     except BaseException:
         revert(begun)
@@ -54,6 +55,7 @@ def revert(changes: Sequence[Change]) -> None:
     """Take the changes back, newest first."""
     for change in reversed(changes):
         change.revert()
+    torch.clear_autocast_cache()
 
 
 class WriteRows:

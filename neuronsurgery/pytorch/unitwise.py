@@ -97,10 +97,12 @@ def resolve(function: str) -> Callable[..., Any]:
 
 
 def qualified_name(target: Any, name: str, is_method: bool) -> str | None:
-    """The name under which `resolve` finds a function of torch, in-place variants as plain ones; None for any other."""
-    if is_method:
-        return f"torch.Tensor.{name}" if callable(getattr(Tensor, name, None)) else None
-    for label, namespace in _NAMESPACES.items():
-        if target in (getattr(namespace, name, None), getattr(namespace, f"{name}_", None)):
-            return f"{label}.{name}"
-    return None
+    """The one name by which a function of torch goes here, however it was called; None for any other function.
+
+    `torch.relu(z)`, `F.relu_(z)` and `z.relu()` are all "torch.nn.functional.relu".
+    """
+    found = [label for label, namespace in _NAMESPACES.items() if callable(getattr(namespace, name, None))]
+    is_torch = any(
+        target in (getattr(_NAMESPACES[label], name), getattr(_NAMESPACES[label], f"{name}_", None)) for label in found
+    )
+    return f"{found[0]}.{name}" if found and (is_method or is_torch) else None

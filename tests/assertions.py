@@ -1,0 +1,148 @@
+"""What the tests assert of models, in words of their own: nothing here is taken from the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "TOLERANCES",
+    "Outcome",
+    "assert_same_gradient",
+    "assert_same_output",
+    "assert_same_state",
+    "assert_unchanged",
+    "bank_tensors",
+    "outcome",
+    "state_of",
+]
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
+"""The largest error of an output relative to its scale, by dtype (design section 8)."""
+
+
+# -- outputs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a model gave for an input: its output tensors, the scale of each, and a gradient of each input.
+
+    A scale is the output's largest magnitude, floored by the last layer's sum of |weight| |activation|: an output
+    near zero by cancellation is no failure. The gradients are those of a fixed random functional of the outputs.
+    """
+
+    tensors: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+    gradients: tuple[Tensor | None, ...]
+
+
+def outcome(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0) -> Outcome:
+    """Run a model forward and backward to its inputs, from one random state; gradients and buffers stay."""
+    torch.manual_seed(seed)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    products = _Products()
+    with products:
+        result = model(*[x * 1 for x in leaves])  # no leaf, so that a forward may work in place
+    outputs = tuple(t for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
+    scales = tuple(max(largest(y), products.floor_of(y)) for y in outputs)
+    functional = sum((_weighted(y) for y in outputs if y.requires_grad), torch.zeros(()))
+    gradients = torch.autograd.grad(functional, leaves, allow_unused=True) if functional.requires_grad else ()
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    return Outcome(tuple(y.detach() for y in outputs), scales, gradients)
+
+
+def largest(values: Tensor) -> float:
+    """The largest magnitude in a tensor, 0 in an empty one."""
+    return float(values.detach().abs().max()) if values.numel() else 0.0
+
+
+def _weighted(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+    return (output * weights).sum()
+
+
+class _Products(TorchFunctionMode):
+    """Notes sum |weight| |activation| of every linear layer and convolution that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.floors: list[tuple[Tensor, float]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                absolute = pytree.tree_map_only(Tensor, torch.abs, (args, kwargs or {}))
+                self.floors.append((result, largest(func(*absolute[0], **absolute[1]))))
+        return result
+
+    def floor_of(self, output: Tensor) -> float:
+        """The scale of the product that an output is, else of the last one."""
+        own = [floor for result, floor in self.floors if result is output]
+        return own[0] if own else next((floor for _, floor in reversed(self.floors)), 0.0)
+
+
+def assert_same_output(before: Outcome, after: Outcome, tolerance: float) -> None:
+    """Every output is finite and moved by at most `tolerance` of its scale before."""
+    assert len(before.tensors) == len(after.tensors)
+    for index, (old, new) in enumerate(zip(before.tensors, after.tensors, strict=True)):
+        assert old.shape == new.shape and old.dtype == new.dtype, (index, old.shape, new.shape, old.dtype, new.dtype)
+        assert bool(old.isfinite().all()), f"output {index} was not finite to begin with"
+        if not torch.equal(old, new):
+            error = largest(new.double() - old.double()) / before.scales[index]
+            assert error <= tolerance, f"output {index} moved by {error:.3g} of its scale, at most {tolerance:.3g}"
+
+
+def assert_same_gradient(before: Outcome, after: Outcome, tolerance: float) -> None:
+    """The gradient that reaches each input moved by at most `tolerance` of its scale before.
+
+    That is its largest magnitude, floored by 1: inputs and weights are of order one here, and a gradient that is
+    small because its terms cancel, or because few units fire, is no failure.
+    """
+    assert len(before.gradients) == len(after.gradients)
+    for index, (old, new) in enumerate(zip(before.gradients, after.gradients, strict=True)):
+        assert (old is None) == (new is None), f"input {index} received a gradient only once"
+        if old is not None and new is not None and not torch.equal(old, new):
+            error = largest(new.double() - old.double()) / max(largest(old), 1.0)
+            assert error <= tolerance, f"the gradient of input {index} moved by {error:.3g}, at most {tolerance:.3g}"
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything in a model's state dict."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """The same keys in the same order, and every tensor the same bit for bit."""
+    assert list(before) == list(after)
+    for name, value in before.items():
+        assert_unchanged(name, value, after[name])
+
+
+def assert_unchanged(name: str, before: Tensor, after: Tensor) -> None:
+    """A tensor holds the same bits."""
+    assert before.shape == after.shape and before.dtype == after.dtype, name
+    assert torch.equal(before, after), f"{name} moved by {largest(after.double() - before.double()):.3g}"
+
+
+def bank_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the live frozen rows of every bank, by their state-dict names."""
+    return {
+        name: value
+        for name, value in state_of(model).items()
+        if any(part.endswith("composite") for part in name.split(".")[:-1])
+    }
