@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from neuronsurgery.tables import counted, render
 from neuronsurgery.values import Value
 
-__all__ = ["Composites", "Layout", "Member", "Rows", "capacity"]
+__all__ = ["Composites", "Layout", "Member", "Rows", "room_for"]
 
 Integers = NDArray[np.int64]
 KNOWLEDGE, COMPENSATION = 1, -1
@@ -152,6 +152,16 @@ class Rows:
         return Rows(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), table[:, 3:].copy())
 
 
+def room_for(num_rows: int, num_units: int) -> int:
+    """The capacity of a bank: at least a quarter of the layer's width, from there in powers of two.
+
+    Example:
+        >>> room_for(3, num_units=64), room_for(20, num_units=64)
+        (16, 32)
+    """
+    return capacity(num_rows, smallest=capacity(num_units // 4))
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where each term of each composite is found: indices into [the slots' activations, the rows' activations].
@@ -164,8 +174,10 @@ class Layout:
     Example:
         >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]])
         >>> layout = Layout.of(rows, num_units=10)    # slots 0 to 9, knowledge row 10, compensation row 11
-        >>> layout.order[:, 0].tolist(), layout.source.tolist()
-        ([10, 1, 11], [0, 10, 2, 3, 4, 5, 6, 7, 8, 9])
+        >>> layout.order[:, 0].tolist()           # one pair, and one of padding
+        [10, 1, 1, 11, 1]
+        >>> layout.source.tolist()
+        [0, 10, 2, 3, 4, 5, 6, 7, 8, 9]
     """
 
     order: Integers
@@ -175,11 +187,11 @@ class Layout:
     def of(rows: Rows, num_units: int) -> Layout:
         """The layout for these rows, padded to its capacity so that later operations seldom change a shape."""
         operated, times = np.unique(rows.unit[rows.sign == KNOWLEDGE], return_counts=True)
-        width = min(num_units, capacity(len(operated)))
+        width = min(num_units, capacity(len(operated), smallest=capacity(num_units // 4), growth=4))
         is_full = width == num_units
         units = np.arange(num_units) if is_full else operated
         columns = np.concatenate([units, np.full(width - len(units), operated[0])])  # spare columns are never read
-        depth = capacity(int(times.max()), smallest=1)
+        depth = capacity(int(times.max()), smallest=2)
         order = np.tile(columns, (1 + 2 * depth, 1))
         own = operated if is_full else np.arange(len(operated))
         unit, place, row = _ranked(rows, KNOWLEDGE)
@@ -202,11 +214,14 @@ def _ranked(rows: Rows, sign: int) -> tuple[Integers, Integers, Integers]:
     return unit, np.arange(len(unit)) - first, row
 
 
-def capacity(count: int, smallest: int = 8) -> int:
-    """Room for `count` rows: the next power of two, so that capacity grows geometrically and seldom.
+def capacity(count: int, smallest: int = 8, growth: int = 2) -> int:
+    """Room for `count` things: grows geometrically, so that shapes change seldom and compiled code lasts.
 
     Example:
-        >>> capacity(3), capacity(9), capacity(16)
-        (8, 16, 16)
+        >>> capacity(3), capacity(9), capacity(16), capacity(9, growth=4)
+        (8, 16, 16, 32)
     """
-    return max(smallest, 1 << max(count - 1, 0).bit_length())
+    room = smallest
+    while room < count:
+        room *= growth
+    return room

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neuronsurgery.composites import Layout, Rows, capacity
+from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.unitwise import Earlier, PerUnit, UnitFunction, resolve
 
@@ -87,7 +87,7 @@ class Composite(nn.Module):
         self.product, self.path, self.num_units = product, path, num_units
         self.rows = rows
         for name, value in zip(self.buffer_names(), values, strict=True):
-            self.register_buffer(name, None if value is None else _padded(value, capacity(len(rows))))
+            self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
         for name, value in self.tables(rows).items():
             self.register_buffer(name, value, persistent=False)
 
@@ -129,7 +129,7 @@ class Composite(nn.Module):
         terms = terms.unflatten(axis, (num_terms, num_columns))  # type: ignore[no-untyped-call]
         depth = num_terms // 2
         oldest, positive, negative = terms.split([1, depth, depth], axis - 1)
-        composites = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
+        composites: Tensor = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
         if self.source is None:
             return composites
         return torch.cat([h, composites], axis).index_select(axis, self.source)
@@ -178,7 +178,7 @@ class Composite(nn.Module):
             raise SurgeryError(
                 f"the saved bank belongs to a layer of {numbers[1]} units, this one has {self.num_units}"
             )
-        if capacity(len(rows)) != len(self.weight):
+        if room_for(len(rows), self.num_units) != len(self.weight):
             raise SurgeryError(
                 f"the saved bank has {len(rows)} frozen rows, this model's has room for {len(self.weight)}: it was "
                 "operated on differently"

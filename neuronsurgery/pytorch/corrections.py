@@ -110,8 +110,8 @@ class Corrections:
         self.num_steps = 0
 
     def install(self, optimizer: Optimizer) -> Iterable[RemovableHandle]:
-        yield optimizer.register_step_pre_hook(torch.compiler.disable(self.before_step))
-        yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))
+        yield optimizer.register_step_pre_hook(torch.compiler.disable(self.before_step))  # type: ignore[no-untyped-call]
+        yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

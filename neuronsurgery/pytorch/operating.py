@@ -7,7 +7,7 @@ producer and activation apply the bank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,9 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
-from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.mirroring import child_names, original_class, submodule
 from neuronsurgery.pytorch.models import unwrap
-from neuronsurgery.pytorch.programs import Program, Rewrite, rewritten_class
+from neuronsurgery.pytorch.programs import Program, Rewrite, Role, rewritten_class
 from neuronsurgery.pytorch.sites import Discovery, Home, Place, bank_name, discover
 from neuronsurgery.pytorch.taps import is_observed
 from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetClass, SetItem, WriteRows, run
@@ -259,14 +259,34 @@ def programs_for(discovery: Discovery, banked: Collection[str], tapped: Collecti
             for home in place.homes:
                 bank = bank_path(home) if name in banked else None
                 homes.setdefault(home.scope, []).append((home, Rewrite(home.producer, bank, name in tapped)))
-    return {
+    programs = {module: Program(role) for module, role in children_roles(homes)}
+    return programs | {
         scope: Program(
+            Role.SEQUENTIAL if is_sequential(scope) else Role.SCOPE,
             rewrites=tuple(sorted({rewrite for _, rewrite in found}, key=lambda r: r.producer)),
             methods=tuple(sorted({home.method for home, _ in found})),
             inline=frozenset().union(*(home.inline for home, _ in found)),
         )
         for scope, found in homes.items()
     }
+
+
+def is_sequential(scope: nn.Module) -> bool:
+    """Whether a scope's forward is the loop of nn.Sequential."""
+    return original_class(scope).forward is nn.Sequential.forward
+
+
+def children_roles(homes: Mapping[nn.Module, Sequence[tuple[Home, Rewrite]]]) -> Iterator[tuple[nn.Module, Role]]:
+    """In a Sequential, the producers and what stands between them and their consumers take the rows on themselves."""
+    for scope, found in homes.items():
+        if is_sequential(scope):
+            names = list(child_names(scope))
+            for home, _ in found:
+                if home.method == "forward":
+                    first = names.index(home.producer)
+                    yield submodule(scope, names[first]), Role.PRODUCER
+                    for name in names[first + 1 : first + 1 + home.offset]:
+                        yield submodule(scope, name), Role.PATH
 
 
 def bank_path(home: Home) -> str:

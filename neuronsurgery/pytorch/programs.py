@@ -1,12 +1,14 @@
 """Rewritten forwards: the generated classes that make banks take effect, while the object stays the user's own.
 
-One subclass per (class, program) is generated and cached. Its functions choose a graph by the kind of call and by the
-guards of the trace, tracing the original again when a new kind arrives. A Sequential stays a loop over its children
-that applies a bank where a producer carries one, so that slices and appended children behave.
+One subclass per (class, program) is generated and cached. A scope's functions choose a graph by the kind of call and by
+the guards of the trace, tracing the original again when a new kind arrives. In a Sequential the children do the work
+themselves, so that it stays a loop over them, and slices, appended children and loops of the user's own behave: a
+producer's output carries its frozen rows along, and the activation function behind it adds them in.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import operator
@@ -25,7 +27,16 @@ from neuronsurgery.pytorch.tracing import Call, default_call, describe, is_named
 from neuronsurgery.pytorch.unitwise import UnitFunction
 from neuronsurgery.pytorch.uses import Use, find_uses
 
-__all__ = ["Program", "Rewrite", "generated_class", "rewritten_class"]
+__all__ = ["Program", "Rewrite", "Role", "generated_class", "rewritten_class"]
+
+
+class Role(enum.Enum):
+    """The part of a module in a site."""
+
+    SCOPE = "scope"  # its functions are graphs with the banks put in
+    SEQUENTIAL = "sequential"  # a loop over its children, which hand the rows on
+    PRODUCER = "producer"  # a child of a Sequential: its output carries the rows of its bank
+    PATH = "path"  # a child of a Sequential between a producer and its consumers, the activation function at last
 
 
 @dataclass(frozen=True, order=True)
@@ -39,11 +50,12 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Program:
-    """What a generated class does: its rewritten sites, the methods concerned, and the children it inlines."""
+    """What a generated class does: its role, and as a scope its sites, the methods concerned and what it inlines."""
 
-    rewrites: tuple[Rewrite, ...]
-    methods: tuple[str, ...]
-    inline: frozenset[str]
+    role: Role
+    rewrites: tuple[Rewrite, ...] = ()
+    methods: tuple[str, ...] = ()
+    inline: frozenset[str] = frozenset()
 
 
 def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
@@ -53,28 +65,28 @@ def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
         UntraceableError: the default call cannot be traced with these sites.
     """
     cls = generated_class(cast(Any, original_class(instance)), program)
-    if not issubclass(cls, RewrittenSequential):
-        for entry in cls._neuronsurgery_entries.values():  # type: ignore[attr-defined]
-            entry.prepare(instance)
+    for entry in cls._neuronsurgery_entries.values():  # type: ignore[attr-defined]
+        entry.prepare(instance)
     return cls
 
 
 @functools.cache
 def generated_class(cls: Any, program: Program) -> type:
     """The subclass of `cls` that runs `program`; one for all instances, so that compiled code and pickles agree."""
-    is_sequential = cls.forward is nn.Sequential.forward
-    base = RewrittenSequential if is_sequential else Rewritten
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    entries = {method: Entry(cls, method, program) for method in program.methods}
+    own = FORWARDS.get(program.role)
+    methods = [method for method in program.methods if own is None or method != "forward"]
+    entries = {method: Entry(cls, method, program) for method in methods}
     namespace: dict[str, Any] = {
         **names,
         "_neuronsurgery_original": cls,
         "_neuronsurgery_program": program,
         "_neuronsurgery_entries": entries,
+        **{method: entry.function() for method, entry in entries.items()},
     }
-    if not is_sequential:
-        namespace |= {method: entry.function() for method, entry in entries.items()}
-    generated: type[nn.Module] = type(cls)(cls.__name__, (base, cls), namespace)
+    if own is not None:
+        namespace["forward"] = own(cls.forward)
+    generated: type[nn.Module] = type(cls)(cls.__name__, (Rewritten, cls), namespace)
     return generated
 
 
@@ -261,12 +273,10 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite) -> None:
     """Evaluate the bank beside its producer, and sum where the activation comes out; observe what consumers get."""
     assert use.end is not None and use.path is not None
     h = use.end
+    z = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank)
     if rewrite.bank is not None:
-        node, received = _with_input(graph, use)
-        with graph.inserting_after(node):
+        with graph.inserting_before(use.end):
             bank = graph.get_attr(rewrite.bank)
-        with graph.inserting_after(bank):
-            z = graph.call_module(rewrite.bank, (received,))
         with graph.inserting_after(use.end):
             h = graph.call_function(_combining(use.path.function), (bank, use.end, z))
         use.end.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
@@ -287,20 +297,36 @@ def _combining(function: UnitFunction) -> Callable[[Composite, Tensor, Tensor], 
     return combine
 
 
-def _with_input(graph: fx.Graph, use: Use) -> tuple[fx.Node, fx.Node]:
-    """The last node of the producer's call, and the node of the input that it received after its pre-hooks."""
-    if not use.is_module:
-        arguments = (*use.node.args, use.node.kwargs.get("input"))
-        assert isinstance(arguments[0], fx.Node)
-        return use.node, arguments[0]
+def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None) -> fx.Node | None:
+    """The frozen rows' pre-activations beside a functional call, before anything may change its input in place."""
+    if bank is None:
+        return None
+    received = (*use.node.args, use.node.kwargs.get("input"))[0]
+    with graph.inserting_after(use.node):
+        return graph.call_module(bank, (received,))
+
+
+def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:
+    """The frozen rows' pre-activations beside a module's call, whose node is replaced."""
     with graph.inserting_before(use.node):
         module = graph.get_attr(str(use.node.target))
-        pair = graph.call_function(call_producer, (module, *use.node.args), dict(use.node.kwargs))
+        pair = graph.call_function(produce, (module, *use.node.args), dict(use.node.kwargs))
         z = graph.call_function(operator.getitem, (pair, 0))
-        received = graph.call_function(operator.getitem, (pair, 1))
+        rows = graph.call_function(operator.getitem, (pair, 1))
     use.node.replace_all_uses_with(z)
     graph.erase_node(use.node)
-    return received, received
+    return rows
+
+
+def produce(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """A producer's output, and its frozen rows' pre-activations for the same input, None where it has no bank."""
+    z, received = call_producer(producer, *args, **kwargs)
+    carried = getattr(z, CARRIED, None)
+    if carried is not None:
+        delattr(z, CARRIED)  # this scope adds the rows in itself
+        return z, carried[1]
+    bank = producer._modules.get("composite")
+    return z, None if bank is None else bank(received)
 
 
 def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -322,54 +348,97 @@ def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tenso
 # -- Sequential ------------------------------------------------------------------------------------------------------
 
 
-class RewrittenSequential(Rewritten):
-    """A Sequential whose loop applies a bank where a child carries one, wherever the children are by then."""
+CARRIED = "_neuronsurgery_carried"
+"""The attribute of a pre-activation that carries (its producer, the rows' pre-activations, the steps still to go)."""
 
-    @functools.wraps(nn.Sequential.forward)
-    def forward(self, input: Any) -> Any:  # type: ignore[override]
-        producer: Any = None
-        z: Tensor | None = None
-        passed: list[nn.Module] = []
-        remaining = 0
-        for module in self:  # type: ignore[attr-defined]
-            if remaining:
-                input = module(input)
-                passed.append(module)
-                remaining -= 1
-                if not remaining:
-                    input = _combined(producer, passed, input, z)
-                continue
-            bank = module._modules.get("composite")
-            remaining = bank.path.offset if bank is not None else offset_of(module)
-            if remaining:
-                producer, passed = module, []
-                input, received = call_producer(module, input)
-                z = bank(received) if bank is not None else None
-            else:
-                input = module(input)
-        if remaining and z is not None:
+Forward = Callable[..., Any]
+
+
+def producing(original: Forward) -> Forward:
+    """The forward of a producer in a Sequential: its output carries the rows of its bank along."""
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, input: Tensor) -> Tensor:
+        z: Tensor = original(self, input)
+        bank: Any = self._modules.get("composite")
+        steps = offset_of(self) if bank is None else bank.path.offset
+        if steps:
+            setattr(z, CARRIED, (self, None if bank is None else bank(input), steps))
+        return z
+
+    return forward
+
+
+def passing(original: Forward) -> Forward:
+    """The forward of a unit-wise child of a Sequential: it takes the rows one step on, the last one adds them in."""
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        carried = carried_by((*args, *kwargs.values())[0])
+        h = original(self, *args, **kwargs)
+        if carried is None:
+            return h
+        producer, z, steps = carried
+        bank: Any = producer._modules.get("composite")
+        if z is not None and not bank.path.function.parameters:
+            z = original(self, z)
+        if steps > 1:
+            setattr(h, CARRIED, (producer, z, steps - 1))
+            return h
+        return _combined(producer, self, h, z)
+
+    return forward
+
+
+def looping(original: Forward) -> Forward:
+    """The forward of a Sequential: the same loop, which does not let carried rows get lost."""
+
+    @functools.wraps(original)
+    def forward(self: Any, input: Any) -> Any:
+        for module in self:
+            carried = carried_by(input)
+            input = module(input)
+            if carried is not None and not is_passing(module):
+                raise _replaced(carried[0], module)
+        carried = carried_by(input)
+        if carried is not None and carried[1] is not None:
             raise SurgeryError(
-                f"this Sequential ends between {type(producer).__name__} and its activation function, and the "
+                f"this Sequential ends between {type(carried[0]).__name__} and its activation function, and the "
                 "producer's units are composite units, which exist only after the activation; take a slice that "
                 "ends behind it, or undo the operation"
             )
         return input
 
+    return forward
 
-def _combined(producer: nn.Module, passed: list[nn.Module], h: Tensor, z: Tensor | None) -> Tensor:
-    """Composites in place, by the modules that the slots passed, with the settings that these have by now."""
-    bank = producer._modules.get("composite")
-    if isinstance(bank, Composite) and z is not None:
-        found = original_class(passed[-1]).__qualname__
-        if found != bank.path.activation_class:
-            raise SurgeryError(
-                f"the bank of this {type(producer).__name__} was made for the activation {bank.path.activation_class}, "
-                f"and {found} stands there now; undo the operation before you change the activation"
-            )
-        if bank.path.function.parameters:
-            h = bank.combine(h, z)
-        else:
-            for module in passed:
-                z = module.forward(z)
-            h = bank.assemble(h, z)
+
+FORWARDS = {Role.PRODUCER: producing, Role.PATH: passing, Role.SEQUENTIAL: looping}
+
+
+def carried_by(value: Any) -> tuple[nn.Module, Tensor | None, int] | None:
+    """What a pre-activation carries along, None for any other value."""
+    return getattr(value, CARRIED, None) if isinstance(value, Tensor) else None
+
+
+def is_passing(module: nn.Module) -> bool:
+    """Whether a module takes carried rows on."""
+    return isinstance(module, Rewritten) and module._neuronsurgery_program.role is Role.PATH
+
+
+def _combined(producer: nn.Module, activation: nn.Module, h: Tensor, z: Tensor | None) -> Tensor:
+    """Composites in place; `z`: the rows' activations, or pre-activations where the path has parameters of its own."""
+    bank: Any = producer._modules.get("composite")
+    if z is not None:
+        if original_class(activation).__qualname__ != bank.path.activation_class:
+            raise _replaced(producer, activation)
+        h = bank.combine(h, z) if bank.path.function.parameters else bank.assemble(h, z)
     return tap(producer.weight, h) if offset_of(producer) else h
+
+
+def _replaced(producer: nn.Module, found: nn.Module) -> SurgeryError:
+    bank: Any = producer._modules.get("composite")
+    made_for = "" if bank is None else f" {bank.path.activation_class}"
+    return SurgeryError(
+        f"the bank of this {type(producer).__name__} was made for the activation{made_for}, and "
+        f"{original_class(found).__qualname__} stands there now; undo the operation before you change the activation"
+    )

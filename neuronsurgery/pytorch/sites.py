@@ -38,6 +38,7 @@ class Home:
     method: str
     inline: frozenset[str]
     producer: str  # the producer's path in the scope
+    offset: int  # how many calls it takes from there to the activation, the last of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -556,7 +557,9 @@ def _place(
     owners: list[tuple[nn.Module, str]],
     entries: list[tuple[Reading, str, Use]],
 ) -> Place:
-    homes = [Home(r.scope, r.name, method, r.inline, use.producer) for r, method, use in entries]
+    homes = [
+        Home(r.scope, r.name, method, r.inline, use.producer, use.path.offset) for r, method, use in entries if use.path
+    ]
     reading, _, use = next((e for e in entries if e[0].is_sequential), entries[0])
     assert use.path is not None and use.product is not None
     at = _banks(owners)

@@ -50,7 +50,7 @@ class Clock:
         self.num_steps = 0
 
     def install(self, optimizer: Optimizer) -> Iterable[RemovableHandle]:
-        yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))
+        yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.num_steps += 1

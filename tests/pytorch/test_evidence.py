@@ -386,7 +386,7 @@ def test_rollouts_evaluations_and_copies_do_not_enter():
             model(torch.randn(50, 4))
         for each in (target, inside):
             each(torch.randn(50, 4)).sum().backward()
-        expected = by_hand(model, x)["0"]
+        expected = by_hand(copy.deepcopy(model), x)["0"]
         loss_of(model, x).backward()
         optimizer.step()
     assert evidence.num_samples("0", H) == 6
