@@ -49,13 +49,13 @@ def demo(
     tasks: Annotated[int | None, typer.Option(min=1, help="Tasks learned one after another.")] = None,
     images: Annotated[int | None, typer.Option(min=1, max=1797, help="Images of each task.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over each task.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Processes; 1 stays in this one.")] = 2,
     out: Annotated[Path, typer.Option(dir_okay=False, help="Where the picture goes (PNG).")] = Path("results/demo.png"),
     quick: Annotated[bool, typer.Option("--quick", help="Small: shows that it runs, not what comes out.")] = False,
     wide_reset: Annotated[
-        bool, typer.Option("--wide-reset", help="Add an arm: the wide network with a plain reset.")
-    ] = False,
+        bool, typer.Option(help="Also the control of equal size that is reset: the wide network with a plain reset.")
+    ] = True,
 ) -> None:
     """Show what operations add when a network learns one task after another on real images."""
     _require_extra()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATION_MODULES", "DTYPES", "JUMPING", "Network", "networks", "unit_sets"]
+__all__ = ["ACTIVATION_MODULES", "DTYPES", "STYLES", "Network", "networks", "unit_sets"]
 
 Draw = Callable[[Any], Any]
 

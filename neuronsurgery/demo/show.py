@@ -67,16 +67,12 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def conclusion(runs: Sequence[Run]) -> str:
-    """Returns a sentence that compares KNIFE's final accuracy with the best other arm's, seed by seed."""
+    """Returns a sentence that compares KNIFE's final accuracy with every other arm's, seed by seed."""
     finals = {arm: [_final(run) for run in of_arm] for arm, of_arm in _by_arm(runs)}
     knife = finals.pop(ArmName.KNIFE)
-    best = max(finals, key=lambda arm: fmean(finals[arm]))
-    gain = Estimate.of([one - other for one, other in zip(knife, finals[best], strict=True)])
-    return (
-        f"KNIFE ends at {fmean(knife):.2f}, the best of the other arms ({best.value}) at "
-        f"{fmean(finals[best]):.2f}, chance at {1 / NUM_CLASSES:.2f}: KNIFE's lead is "
-        f"{gain.mean:+.2f}{_certainty(gain, len(knife))}."
-    )
+    over = f"95 %, {len(knife)} seeds, paired" if len(knife) > 1 else "one seed, no interval"
+    leads = ", ".join(f"{_lead(knife, final)} over {arm.value}" for arm, final in finals.items())
+    return f"KNIFE ends at {fmean(knife):.2f}, chance at {1 / NUM_CLASSES:.2f}; its lead ({over}) is {leads}."
 
 
 def save_figure(runs: Sequence[Run], path: Path) -> None:
@@ -131,11 +127,12 @@ def _legend(runs: Sequence[Run]) -> Iterator[str]:
         yield f"{name.value}{'' if name in ran else ' (not run)'}: {arm.legend}"
 
 
-def _certainty(gain: Estimate, num_seeds: int) -> str:
+def _lead(knife: Sequence[float], other: Sequence[float]) -> str:
+    gain = Estimate.of([one - another for one, another in zip(knife, other, strict=True)])
     if math.isnan(gain.half):
-        return " (one seed, no interval)"
-    told = "" if abs(gain.mean) > gain.half else ", which these seeds cannot tell from zero"
-    return f" ± {gain.half:.2f} (95 %, {num_seeds} seeds, paired){told}"
+        return f"{gain.mean:+.2f}"
+    told = "" if abs(gain.mean) > gain.half else " (not told from zero)"
+    return f"{gain.mean:+.2f} ± {gain.half:.2f}{told}"
 
 
 def _draw(axes: Axes, arm: ArmName, accuracies: Sequence[Sequence[float]]) -> None:

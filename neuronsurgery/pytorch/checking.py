@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from neuronsurgery.errors import EquivalenceError
 from neuronsurgery.pytorch.composites import Composite, Product, apply
 from neuronsurgery.pytorch.models import left_alone, run_model
-from neuronsurgery.pytorch.sites import Place
+from neuronsurgery.pytorch.places import Place
 
 __all__ = ["Observed", "SameOutput", "check_composite", "observe_output", "tolerance"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from neuronsurgery.errors import DrawError
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
-from neuronsurgery.pytorch.sites import Place
+from neuronsurgery.pytorch.places import Place
 
 __all__ = ["Init", "check_drawing", "draw", "seed_for"]
 

@@ -22,7 +22,8 @@ from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
 from neuronsurgery.pytorch.operating import banked_names, class_changes
-from neuronsurgery.pytorch.sites import Discovery, Place, discover
+from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.pytorch.taps import listening
 from neuronsurgery.pytorch.transaction import run
 
@@ -184,10 +185,10 @@ def tapped(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[N
     sinks = {id(place.weight): SiteSink(name, place, evidence, clock) for name, place in discovery.places.items()}
     try:
         with listening(sinks):
-            run(class_changes(discovery, banked_names(discovery.model)))
+            run(class_changes(discovery, banked_names(discovery)))
             yield
     finally:  # for the banks that are there by now, and for those who still listen
-        run(class_changes(discovery, banked_names(discovery.model)))
+        run(class_changes(discovery, banked_names(discovery)))
 
 
 class SiteSink:

@@ -25,8 +25,9 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
 from neuronsurgery.pytorch.mirroring import child_names, original_class, submodule
 from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.places import Home, Place, bank_name
 from neuronsurgery.pytorch.programs import Program, Rewrite, Role, rewritten_class
-from neuronsurgery.pytorch.sites import Discovery, Home, Place, bank_name, discover
+from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.pytorch.taps import is_observed
 from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetClass, SetItem, WriteRows, run
 from neuronsurgery.reports import Report
@@ -64,7 +65,7 @@ def operate(
             if units
         ]
         changes = [change for each in grafts for change in each.changes]
-        banked = banked_names(model) | {each.place.site.name for each in grafts}
+        banked = banked_names(discovery) | {each.place.site.name for each in grafts}
         changes += class_changes(discovery, banked)
         check = None if verify is None else SameOutput(model, verify)
         report = lambda: Report(  # noqa: E731  (within the transaction: either it happened and is on record, or not)
@@ -318,7 +319,7 @@ def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Op
         changes += _restored(place, units, report.operation, optimizers)
         if place.bank is not None and bool(place.bank.rows.of_operation(report.operation).all()):
             emptied.add(name)
-    changes += class_changes(discovery, banked_names(model) - emptied)
+    changes += class_changes(discovery, banked_names(discovery) - emptied)
     record = lambda: Report(  # noqa: E731  (as in `operate`)
         operation=report.operation,
         operated=report.operated,
@@ -395,15 +396,9 @@ def next_operation(model: nn.Module) -> int:
     return 1 + max((int(bank.rows.operation.max()) for bank in banks_of(model)), default=0)
 
 
-def banked_names(model: nn.Module) -> set[str]:
-    """The names of the producers that carry a bank; of several that share one, the first, as its site is named."""
-    names = set()
-    for name, module in model.named_modules():
-        if isinstance(module, Composite):
-            owner, _, last = name.rpartition(".")
-            parameter = last.removesuffix("_composite")
-            names.add(owner if last == "composite" else f"{owner}.{parameter}" if owner else parameter)
-    return names
+def banked_names(discovery: Discovery) -> set[str]:
+    """The names of the sites that carry a bank."""
+    return {name for name, place in discovery.places.items() if place.bank is not None}
 
 
 def num_weights(model: nn.Module) -> int:

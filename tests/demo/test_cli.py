@@ -27,9 +27,9 @@ def test_demo_ends_with_table_conclusion_and_picture(tmp_path):
     out = tmp_path / "new" / "demo.png"
     result = invoke(*TINY, "--out", str(out))
     assert result.exit_code == 0, result.output
-    for arm in ("no intervention", "plain reset", "wide, no intervention", "KNIFE"):
+    for arm in ("no intervention", "plain reset", "wide, no intervention", "wide, plain reset", "KNIFE"):
         assert f"| {arm} " in result.output
-    assert "KNIFE's lead is" in result.output
+    assert "KNIFE ends at" in result.output
     assert f"picture: {out}" in result.output
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -40,9 +40,10 @@ def test_demo_without_a_terminal_has_a_line_per_run_and_no_control_codes(tmp_pat
     assert "\x1b" not in output
 
 
-def test_the_wide_network_is_reset_when_asked(tmp_path):
-    output = invoke(*TINY, "--wide-reset", "--out", str(tmp_path / "demo.png")).output
-    assert "| wide, plain reset " in output
+def test_the_wide_network_is_not_reset_when_asked_not_to(tmp_path):
+    output = invoke(*TINY, "--no-wide-reset", "--out", str(tmp_path / "demo.png")).output
+    assert "| wide, plain reset " not in output
+    assert "wide, plain reset (not run): " in output
 
 
 @pytest.mark.parametrize(

@@ -49,26 +49,26 @@ def test_the_legend_explains_each_arm_and_says_which_did_not_run():
     assert "1 seed, no interval" in text
 
 
-def test_the_conclusion_takes_the_best_other_arm_seed_by_seed():
+def test_the_conclusion_compares_with_every_other_arm_seed_by_seed():
     runs = runs_of(ArmName.NONE, [0.1, 0.1]) + runs_of(ArmName.RESET, [0.6, 0.7])
     text = conclusion(runs + runs_of(ArmName.KNIFE, [0.8, 0.9]))
-    assert text.startswith("KNIFE ends at 0.85, the best of the other arms (plain reset) at 0.65, chance at 0.10")
-    assert text.endswith("lead is +0.20 ± 0.00 (95 %, 2 seeds, paired).")
+    assert text.startswith("KNIFE ends at 0.85, chance at 0.10; its lead (95 %, 2 seeds, paired) is ")
+    assert text.endswith("is +0.75 ± 0.64 over no intervention, +0.20 ± 0.00 over plain reset.")
 
 
 def test_the_conclusion_says_when_seeds_cannot_tell():
     text = conclusion(runs_of(ArmName.RESET, [0.6, 0.9]) + runs_of(ArmName.KNIFE, [0.8, 0.8]))
-    assert "+0.05 ± 1.91 (95 %, 2 seeds, paired), which these seeds cannot tell from zero." in text
+    assert "+0.05 ± 1.91 (not told from zero) over plain reset." in text
 
 
 def test_the_conclusion_says_when_knife_is_behind():
     text = conclusion(runs_of(ArmName.WIDE_RESET, [0.9, 0.9]) + runs_of(ArmName.KNIFE, [0.8, 0.8]))
-    assert "lead is -0.10 ± 0.00" in text
+    assert "-0.10 ± 0.00 over wide, plain reset." in text
 
 
 def test_the_conclusion_of_one_seed_has_no_interval():
     text = conclusion(runs_of(ArmName.RESET, [0.6]) + runs_of(ArmName.KNIFE, [0.8]))
-    assert text.endswith("lead is +0.20 (one seed, no interval).")
+    assert text.endswith("its lead (one seed, no interval) is +0.20 over plain reset.")
 
 
 def test_the_picture_is_a_png(tmp_path):

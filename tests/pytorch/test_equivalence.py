@@ -7,6 +7,7 @@ without training steps between them. Tolerances are those of design section 8.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
@@ -25,33 +26,39 @@ from tests.assertions import (
     outcome,
     state_of,
 )
-from tests.strategies import ACTIVATION_MODULES, Network, networks, unit_sets
+from tests.strategies import ACTIVATION_MODULES, STYLES, Network, networks, unit_sets
 
 ROOM = 100.0  # max_growth: here the bound is not what is tested
 
-# The issue asks for 200 examples by default and 5,000 in the slow run: this is the switch.
-FEW = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-MANY = settings(FEW, max_examples=5_000)
-SOME = settings(FEW, max_examples=40)
+# The issue asks for 200 examples by default and 5,000 in the slow run: this is the switch. They are shared out evenly
+# among the styles, as drawing the style too leaves some of them out of most runs.
+LENIENT = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+FEW = settings(LENIENT, max_examples=math.ceil(200 / len(STYLES)))
+MANY = settings(LENIENT, max_examples=math.ceil(5_000 / len(STYLES)))
+SOME = settings(LENIENT, max_examples=40)
 
 Choice = Mapping[str, Sequence[int]]
 
+every_style = pytest.mark.parametrize("style", STYLES)
 
+
+@every_style
 @FEW
-@given(st.data())
-def test_operating_up_to_four_times_moves_no_output(data):
-    check_repeated_operations(data)
+@given(data=st.data())
+def test_operating_up_to_four_times_moves_no_output(data, style):
+    check_repeated_operations(data, style)
 
 
 @pytest.mark.slow
+@every_style
 @MANY
-@given(st.data())
-def test_operating_up_to_four_times_moves_no_output_in_any_of_5000_networks(data):
-    check_repeated_operations(data)
+@given(data=st.data())
+def test_operating_up_to_four_times_moves_no_output_in_any_of_5000_networks(data, style):
+    check_repeated_operations(data, style)
 
 
-def check_repeated_operations(data):
-    network = data.draw(networks())
+def check_repeated_operations(data, style):
+    network = data.draw(networks(styles=[style]))
     optimizer = data.draw(st.sampled_from([None, torch.optim.SGD, torch.optim.AdamW]))
     if optimizer is not None:
         optimizer = optimizer(network.model.parameters(), lr=0.01)
@@ -218,7 +225,6 @@ FUNCTIONS = {
     "torch.cosh": torch.cosh,
     "torch.exp": torch.exp,
     "torch.expm1": torch.expm1,
-    "torch.log1p after abs": lambda x: torch.abs(x).log1p(),
     "torch.pow": lambda x: torch.pow(x, 2),
     "x ** 3": lambda x: x**3,
     "torch.square": torch.square,
@@ -226,7 +232,6 @@ FUNCTIONS = {
     "torch.sinc": torch.sinc,
     "torch.selu": torch.selu,
     "torch.asinh": torch.asinh,
-    "torch.prelu": lambda x: torch.prelu(x, torch.full((1,), 0.2, dtype=x.dtype)),
     "torch.special.erf": torch.special.erf,
     "torch.special.expit": torch.special.expit,
     "F.elu": lambda x: F.elu(x, alpha=0.5),
@@ -263,11 +268,8 @@ class Applied(nn.Module):
         return self.fc2(self.function(self.fc1(x)))  # type: ignore[no-any-return]
 
 
-DECLINED_FUNCTIONS = {"torch.log1p after abs", "torch.prelu"}  # two functions in a row are cut at the first; a constant
-
-
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - DECLINED_FUNCTIONS))
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_unit_wise_function_of_torch_keeps_the_output(name, dtype):
     model = Applied(FUNCTIONS[name]).to(dtype)
     network = Network(name, model, (torch.randn(7, 5).to(dtype),), ("fc1",), dtype)
@@ -353,3 +355,37 @@ def test_functions_with_an_overload_for_numbers_do_not_end_the_process():
     network = Network("masked", Masked().double(), (torch.randn(4, 5).double(),), ("fc1",), torch.float64)
     check_operation(network, {"fc1": [1, 2]})
     assert "isinstance" in surgery.discover(MaskedTensors()).declined["fc1"]
+
+
+class Applying(nn.Module):
+    """A layer on a weight that it is given."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.w = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(F.linear(x, self.w))
+
+
+class Lending(nn.Module):
+    """A weight that its owner uses itself, and shares with a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.child = Applying(self.w)
+        self.tail = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.child(torch.relu(F.linear(x, self.w))))  # type: ignore[no-any-return]
+
+
+def test_an_operation_elsewhere_keeps_the_bank_of_a_weight_that_parent_and_child_share():
+    network = Network("lending", Lending(), (torch.randn(5, 4),), ("w", "tail.0"), torch.float32)
+    check_operation(network, {"w": [1]})
+    train(network, 3)
+    report = check_operation(network, {"tail.0": [1]})
+    before = outcome(network.model, network.inputs)
+    surgery.undo(network.model, report)
+    assert_same_output(before, outcome(network.model, network.inputs), TOLERANCES[network.dtype])

@@ -1,0 +1,137 @@
+"""Readings: every scope of a model with its functions as traced, or the reason why they could not be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.mirroring import original_class
+from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
+from neuronsurgery.pytorch.tracing import Trace, default_call, trace
+from neuronsurgery.pytorch.uses import PRODUCERS
+
+__all__ = ["CONTAINERS", "Reading", "is_torch", "modules_of", "read", "scopes_of", "targets_of"]
+
+
+@dataclass(eq=False)
+class Reading:
+    """One scope: its functions as traced, or why its forward could not be."""
+
+    name: str
+    scope: nn.Module
+    traces: list[tuple[str, Trace]] = field(default_factory=list)
+    inline: frozenset[str] = frozenset()
+    failure: UntraceableError | None = None
+    unread: dict[str, str] = field(default_factory=dict)  # method -> why it could not be traced
+
+    @property
+    def is_sequential(self) -> bool:
+        return original_class(self.scope).forward is nn.Sequential.forward
+
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, by its first name, banks and scripted modules left out."""
+    left_out = (Composite, torch.jit.ScriptModule)
+    return ((name, module) for name, module in model.named_modules() if not isinstance(module, left_out))
+
+
+def is_torch(module: nn.Module) -> bool:
+    """Whether a module's class comes with torch."""
+    return original_class(module).__module__.partition(".")[0] == "torch"
+
+
+def scopes_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with a forward of their own: the user's, and Sequentials."""
+    for name, module in modules_of(model):
+        forward = getattr(original_class(module), "forward", None)
+        is_defined = forward is not None and forward is not nn.Module.forward and forward not in PRODUCERS
+        if is_defined and (not is_torch(module) or forward is nn.Sequential.forward):
+            yield name, module
+
+
+def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> Reading:
+    """Trace a scope's forward in both modes, and the methods beside it that compute with the scope's own children."""
+    reading = Reading(name, scope, inline=inline)
+    if "forward" in vars(scope):
+        label = original_class(scope).__name__
+        reading.failure = UntraceableError(f"{label}.forward was replaced on the instance")
+        return reading
+    try:
+        reading.traces = [("forward", traced) for traced in _traces(scope, "forward", inline)]
+    except UntraceableError as error:
+        reading.failure = error
+        return reading
+    for method, function in methods_of(scope):
+        if _may_be_traced(scope, function):
+            try:
+                reading.traces += [(method, traced) for traced in _traces(scope, method, inline)]
+            except UntraceableError as error:
+                reading.unread[method] = error.reason
+    return reading
+
+
+def _traces(scope: nn.Module, method: str, inline: frozenset[str]) -> list[Trace]:
+    call = default_call(scope, method)
+    first = trace(scope, method, call, inline=inline)
+    if not first.reads_mode:
+        return [first]
+    return [first, trace(scope, method, call, inline=inline, training=not scope.training)]
+
+
+_SIDE_EFFECTS = frozenset(
+    "backward step zero_grad save load open print write append extend update item numpy cpu cuda send exec eval sleep "
+    "submit join run fit reset render".split()
+)
+
+
+def _may_be_traced(scope: nn.Module, function: Any) -> bool:
+    """Whether a method computes with producers, and can be run on proxies: nothing it names has effects."""
+    code = getattr(function, "__code__", None)
+    reads = reads_of(function)
+    if code is None or reads is None or _SIDE_EFFECTS & set(code.co_names) or code.co_argcount < 2:
+        return False
+    return any(
+        isinstance(target, nn.Module) and read.is_call and original_class(target).forward in PRODUCERS
+        for read, target in targets_of(scope, reads)
+    )
+
+
+def targets_of(owner: nn.Module, reads: Sequence[Read]) -> Iterator[tuple[Read, Any]]:
+    """What each chain leads to, as far as modules and parameters go; a wildcard leads to every child."""
+    for read in reads:
+        for target, rest in _follow(owner, read.chain):
+            is_call = read.is_call and (not rest or rest == ("forward",))
+            if is_call or (not read.is_call and not rest):
+                yield Read(read.chain, read.is_call), target
+
+
+def _follow(value: Any, chain: tuple[str | None, ...]) -> Iterator[tuple[Any, tuple[str | None, ...]]]:
+    if not chain or not isinstance(value, nn.Module):
+        yield value, chain
+        return
+    name, rest = chain[0], chain[1:]
+    if name is None:
+        for child in value.children():
+            yield from _follow(child, rest)
+        return
+    if isinstance(value, nn.Sequential | nn.ModuleList) and name.lstrip("-").isdigit():
+        children = list(value.children())
+        if -len(children) <= int(name) < len(children):
+            yield from _follow(children[int(name)], rest)
+        return
+    found: Any = value._modules.get(name)
+    if found is None:
+        found = value._parameters.get(name)
+    if found is not None:
+        yield from _follow(found, rest)
+    else:
+        yield value, chain

@@ -1,0 +1,337 @@
+"""The survey of a model: what all its readings together say of each producer, a place or a reason."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import has_hooks
+from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
+from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
+from neuronsurgery.pytorch.reading import CONTAINERS, Reading, is_torch, modules_of, read, scopes_of, targets_of
+from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
+from neuronsurgery.pytorch.unitwise import Kind
+from neuronsurgery.pytorch.uses import PRODUCERS, Use, find_uses, get_attr_reads, parameters_of
+
+__all__ = ["Survey"]
+
+
+class Survey:
+    """All the readings of a model, and the judgement on each of its producers."""
+
+    def __init__(self, model: nn.Module, outputs: tuple[Tensor, ...], include: frozenset[str]) -> None:
+        self.model, self.outputs, self.include = model, outputs, include
+        self.names = {id(m): n for n, m in reversed(list(modules_of(model)))}
+        self.readings = {id(m): read(n, m) for n, m in scopes_of(model)}
+        for reading in self.readings.values():
+            self.inline_straddled(reading)
+        self.uses = [
+            (reading, method, use)
+            for reading in self.readings.values()
+            for method, traced in reading.traces
+            for use in find_uses(traced.graph, reading.scope)
+        ]
+        self.by_weight: dict[int, list[tuple[Reading, str, Use]]] = defaultdict(list)
+        for entry in self.uses:
+            self.by_weight[id(entry[2].weight)].append(entry)
+        self.callers = self.find_callers()
+        self.lookahead = Lookahead(
+            {key: (r.scope, [t.graph for _, t in r.traces]) for key, r in self.readings.items() if r.traces},
+            self.callers,
+            self.blind_caller,
+        )
+
+    # -- reading
+
+    def inline_straddled(self, reading: Reading) -> None:
+        """Inline children that return a pre-activation whose activation function is in this scope."""
+        if reading.is_sequential:
+            return
+        for _ in range(8):
+            straddled = {
+                str(node.target)
+                for _, traced in reading.traces
+                for node in traced.graph.nodes
+                if node.op == "call_module" and self.is_straddled(reading.scope, node)
+            }
+            if straddled <= reading.inline:
+                return
+            again = read(reading.name, reading.scope, reading.inline | straddled)
+            if again.failure is not None:
+                return
+            reading.traces, reading.inline = again.traces, again.inline
+
+    def is_straddled(self, scope: nn.Module, node: fx.Node) -> bool:
+        child = submodule(scope, str(node.target))
+        inner = self.readings.get(id(child))
+        if inner is None or has_hooks(child) or len(node.users) != 1:
+            return False
+        is_open = any(use.is_open for _, t in inner.traces for use in find_uses(t.graph, inner.scope))
+        return is_open and next(iter(node.users)).op != "output"
+
+    def find_callers(self) -> dict[int, list[tuple[nn.Module, fx.Node]]]:
+        callers: dict[int, list[tuple[nn.Module, fx.Node]]] = defaultdict(list)
+        for reading in self.readings.values():
+            for _, traced in reading.traces:
+                for node in traced.graph.nodes:
+                    if node.op == "call_module":
+                        callers[id(submodule(reading.scope, str(node.target)))].append((reading.scope, node))
+        return callers
+
+    def blind_caller(self, scope: nn.Module) -> str | None:
+        """An untraced function that may call the scope: a method of an ancestor, or a forward that cannot be read."""
+        for owner, label, reads in self.untraced_functions():
+            if reads is None:
+                if any(module is scope for module in owner.modules()) and owner is not scope:
+                    return label
+            elif any(target is scope and found.is_call for found, target in targets_of(owner, reads)):
+                return label
+        return None
+
+    def untraced_functions(self) -> Iterator[tuple[nn.Module, str, tuple[Read, ...] | None]]:
+        for _, module in modules_of(self.model):
+            reading = self.readings.get(id(module))
+            label = original_class(module).__name__
+            if reading is not None and reading.failure is not None:
+                yield module, f"{label}.forward", reads_of(original_class(module).forward)
+            traced = {method for method, _ in reading.traces} if reading is not None else set()
+            for method, function in methods_of(module):
+                if method not in traced:
+                    yield module, f"{label}.{method}", reads_of(function)
+
+    def without_needless_inlining(self, places: dict[str, Place]) -> dict[str, Place]:
+        """Where no accepted site straddles an inlined child, the child stays opaque: its own scope holds the sites."""
+        needed = {
+            id(scope): frozenset(
+                path
+                for path in reading.inline
+                for place in places.values()
+                for home in place.homes
+                if home.scope is scope
+                and home.producer.startswith(f"{path}.")
+                and not any(other.scope is submodule(scope, path) for other in place.homes)
+            )
+            for scope, reading in ((r.scope, r) for r in self.readings.values())
+        }
+
+        def kept(home: Home) -> Home | None:
+            spare = home.inline - needed[id(home.scope)]
+            if any(home.producer.startswith(f"{path}.") for path in spare):
+                return None
+            return replace(home, inline=home.inline - spare)
+
+        return {
+            name: replace(place, homes=tuple(h for home in place.homes if (h := kept(home)) is not None))
+            for name, place in places.items()
+        }
+
+    # -- judging
+
+    def producers(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every weight that could be a site's, by the name of its producer: the module's, or the parameter's."""
+        seen: set[int] = set()
+        for name, module in modules_of(self.model):
+            weight = module._parameters.get("weight")
+            if original_class(module).forward in PRODUCERS and weight is not None and id(weight) not in seen:
+                seen.add(id(weight))
+                yield name, weight
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in self.by_weight and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield name, parameter
+
+    def judge(self, name: str, weight: nn.Parameter) -> Place | str:
+        """The site of a weight, or the reason why it is none."""
+        owners = list(owners_of(self.model, weight))
+        entries = [e for e in self.by_weight.get(id(weight), ()) if not self.is_superseded(e)]
+        reason = (
+            _unfit(weight)
+            or self.unread(name, owners, bool(entries))
+            or next((use.problem for _, _, use in entries if use.problem), "")
+            or _disagreement(entries)
+            or self.other_role(weight, owners)
+            or self.other_way_in(weight, owners, entries)
+            or self.relied_on(name, weight, owners, entries)
+        )
+        return reason or place_of(name, weight, owners, entries)
+
+    def is_superseded(self, entry: tuple[Reading, str, Use]) -> bool:
+        """A pre-activation returned by a scope that all its callers inline: the site is the callers'."""
+        reading, _, use = entry
+        if not use.is_open:
+            return False
+        calls = self.callers.get(id(reading.scope), [])
+        inlined = any(
+            reading.scope is submodule(other.scope, path) for other in self.readings.values() for path in other.inline
+        )
+        return inlined and not calls
+
+    def unread(self, name: str, owners: list[tuple[nn.Module, str]], has_uses: bool) -> str:
+        if has_uses:
+            return ""
+        parts = name.split(".")
+        for depth in range(len(parts), -1, -1):
+            ancestor = submodule(self.model, ".".join(parts[:depth]))
+            reading = self.readings.get(id(ancestor))
+            if reading is not None and reading.failure is not None:
+                return str(reading.failure)
+            label = original_class(ancestor).__name__
+            if isinstance(ancestor, nn.MultiheadAttention):
+                return "fused attention"
+            if depth < len(parts) and is_torch(ancestor) and not isinstance(ancestor, CONTAINERS):
+                return f"inside {label}, which can bypass Python (a fused path)"
+        if "forward" in vars(owners[0][0]):
+            return "its forward was replaced on the instance"
+        return "no traced forward calls it"
+
+    def other_role(self, weight: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> str:
+        """A weight that is read otherwise too, as a tied decoder does, is no row-wise thing."""
+        own = {id(use.node) for _, _, use in self.by_weight[id(weight)]}
+        for owner, attribute in owners:
+            is_producer = original_class(owner).forward in PRODUCERS
+            if attribute != "weight" and is_producer:
+                return f"its weight is also the {attribute} of '{self.names[id(owner)]}'"
+            if not is_producer and is_torch(owner) and not isinstance(owner, CONTAINERS):
+                return f"its weight is also read by '{self.names[id(owner)]}', a {original_class(owner).__name__}"
+        for reading in self.readings.values():
+            for _, traced in reading.traces:
+                for node, tensor in get_attr_reads(traced.graph, reading.scope):
+                    users = [user for user in node.users if id(user) not in own or user.args[1:2] != (node,)]
+                    if tensor is weight and (weighty := _beyond_metadata(users)):
+                        return f"its weight is also read by '{weighty}' in {original_class(reading.scope).__name__}"
+        return ""
+
+    def other_way_in(
+        self,
+        weight: nn.Parameter,
+        owners: list[tuple[nn.Module, str]],
+        entries: list[tuple[Reading, str, Use]],
+    ) -> str:
+        """A function that was not traced and computes with the producer would not see its bank."""
+        homes = [(reading.scope, use) for reading, _, use in entries]
+        inside = {id(owner) for owner, _ in owners}
+        for scope, use in homes:
+            inside |= _between(scope, use.producer)
+        scopes = {id(scope) for scope, _ in homes}
+        for owner, label, reads in self.untraced_functions():
+            if reads is None:
+                if any(id(module) in inside for module in owner.modules()):
+                    return f"used by {label}, whose source is not to be had"
+                continue
+            for found, target in targets_of(owner, reads):
+                if target is weight and not found.is_call:
+                    return f"used by {label}"
+                if id(target) in inside and (id(target) not in scopes or target is owner) and target is not owner:
+                    reading = self.readings.get(id(owner))
+                    why = reading.unread.get(label.rsplit(".", 1)[-1], "") if reading else ""
+                    return f"used by {label}" + (f", which {why.partition(' ')[2]}" if why else "")
+        return ""
+
+    def relied_on(
+        self,
+        name: str,
+        weight: nn.Parameter,
+        owners: list[tuple[nn.Module, str]],
+        entries: list[tuple[Reading, str, Use]],
+    ) -> str:
+        if name in self.include or any(isinstance(o._modules.get(b), Composite) for o, b in banks_at(owners)):
+            return ""
+        for reading, _, use in entries:
+            assert use.path is not None and use.end is not None
+            needs_proof = use.path.function.kind is Kind.RANGE_BEARING
+            reason = self.lookahead.why_not(reading.scope, use.end, needs_proof=needs_proof)
+            if reason and not is_shielded_by_autograd(self.outputs, weight):
+                return (
+                    f"range-bearing: the range of '{use.path.function.name}' may carry meaning, and {reason}. If no "
+                    f'one relies on it, name the site: sites=["{name}"]'
+                )
+        return ""
+
+    def others(self, known: set[str]) -> dict[str, str]:
+        """Producers of kinds that are never sites."""
+        declined: dict[str, str] = {}
+        for name, module in self.model.named_modules():
+            if name in known or any(name.startswith(f"{other}.") for other in declined):
+                continue
+            if reason := _never_a_site(module):
+                declined[name] = reason
+        return declined
+
+
+# -- one producer ------------------------------------------------------------------------------------------------------
+
+
+def _unfit(weight: nn.Parameter) -> str:
+    if weight.is_complex():
+        return "complex weights"
+    if not weight.is_floating_point():
+        return f"weights of dtype {weight.dtype}"
+    if not weight.requires_grad:
+        return "frozen: its weight does not require a gradient"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device"
+    return ""
+
+
+def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
+    """All the places that use a weight must use it in the same way, so that one bank serves them."""
+    first_reading, _, first = entries[0]
+    slopes = parameters_of(first, first_reading.scope)
+    bias = first.bias
+    if bias is not None and (bias.shape != first.weight.shape[:1] or not bias.requires_grad):
+        return "its bias is frozen, or not one number per unit"
+    for reading, method, use in entries[1:]:
+        place = f"{original_class(reading.scope).__name__}.{method}"
+        if use.bias is not first.bias:
+            return f"its weight is used with another bias in {place}"
+        assert use.path is not None and first.path is not None
+        if use.product != first.product or use.path.function != first.path.function:
+            return f"it passes another activation function in {place}"
+        if any(a is not b for a, b in zip(parameters_of(use, reading.scope), slopes, strict=True)):
+            return f"it passes an activation function with other parameters in {place}"
+        if reading.is_sequential and first_reading.is_sequential and use.path != first.path:
+            return f"it stands at another distance from its activation function in {place}"
+    return ""
+
+
+def _beyond_metadata(users: list[fx.Node]) -> str:
+    """The first reader of a parameter that does more than ask for its dtype or device."""
+    for user in users:
+        if not (user.op == "call_function" and user.target is getattr and user.args[1] in ("dtype", "device")):
+            return str(getattr(user.target, "__name__", user.target))
+    return ""
+
+
+def _between(scope: nn.Module, producer: str) -> set[int]:
+    """The modules from the scope's first child down to the producer, by id: calling one misses the activation."""
+    inside, module = set(), scope
+    for name in producer.split("."):
+        child = module._modules.get(name)
+        if child is None:
+            break
+        module = child
+        inside.add(id(module))
+    return inside
+
+
+def _never_a_site(module: nn.Module) -> str:
+    label = original_class(module).__name__
+    if isinstance(module, nn.modules.rnn.RNNBase | nn.modules.rnn.RNNCellBase):
+        return f"recurrent gates ({label})"
+    if isinstance(module, nn.MultiheadAttention):
+        return "fused attention"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted"
+    if "quantized" in original_class(module).__module__:
+        return f"quantized ({label})"
+    if original_class(module).forward in PRODUCERS and "weight" not in module._parameters:
+        return "its weight is computed (a parametrization, weight norm, spectral norm or pruning)"
+    if isinstance(module, MIXING_MODULES) and original_class(module).forward not in PRODUCERS:
+        return f"a producer of type {label} is not supported yet"
+    return ""
