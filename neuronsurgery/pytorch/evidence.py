@@ -21,8 +21,9 @@ from neuronsurgery.errors import EvidenceError
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
-from neuronsurgery.pytorch.operating import banked_names, class_changes
+from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.pytorch.taps import listening
 from neuronsurgery.pytorch.transaction import run

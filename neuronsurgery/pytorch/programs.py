@@ -8,7 +8,6 @@ producer's output carries its frozen rows along, and the activation function beh
 
 from __future__ import annotations
 
-import enum
 import functools
 import inspect
 import operator
@@ -19,24 +18,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from neuronsurgery.errors import SurgeryError, UntraceableError
+from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
+from neuronsurgery.pytorch.carrying import FORWARDS, Role, produce
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
-from neuronsurgery.pytorch.taps import offset_of, tap
-from neuronsurgery.pytorch.tracing import Call, default_call, describe, is_namedtuple, trace
+from neuronsurgery.pytorch.taps import tap
+from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.unitwise import UnitFunction
 from neuronsurgery.pytorch.uses import Use, find_uses
 
-__all__ = ["Program", "Rewrite", "Role", "generated_class", "rewritten_class"]
-
-
-class Role(enum.Enum):
-    """The part of a module in a site."""
-
-    SCOPE = "scope"  # its functions are graphs with the banks put in
-    SEQUENTIAL = "sequential"  # a loop over its children, which hand the rows on
-    PRODUCER = "producer"  # a child of a Sequential: its output carries the rows of its bank
-    PATH = "path"  # a child of a Sequential between a producer and its consumers, the activation function at last
+__all__ = ["Program", "Rewrite", "generated_class", "rewritten_class"]
 
 
 @dataclass(frozen=True, order=True)
@@ -316,129 +308,3 @@ def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:
     use.node.replace_all_uses_with(z)
     graph.erase_node(use.node)
     return rows
-
-
-def produce(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """A producer's output, and its frozen rows' pre-activations for the same input, None where it has no bank."""
-    z, received = call_producer(producer, *args, **kwargs)
-    carried = getattr(z, CARRIED, None)
-    if carried is not None:
-        delattr(z, CARRIED)  # this scope adds the rows in itself
-        return z, carried[1]
-    bank = producer._modules.get("composite")
-    return z, None if bank is None else bank(received)
-
-
-def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """A producer's output, and the input its forward received: the bank must get what the pre-hooks made of it."""
-    if not (producer._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks):
-        return producer(*args, **kwargs), args[0] if args else kwargs["input"]
-    received: list[Tensor] = []
-
-    def keep(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        received.append(arguments[0] if arguments else named["input"])
-
-    handle = producer.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        return producer(*args, **kwargs), received[0]
-    finally:
-        handle.remove()
-
-
-# -- Sequential ------------------------------------------------------------------------------------------------------
-
-
-CARRIED = "_neuronsurgery_carried"
-"""The attribute of a pre-activation that carries (its producer, the rows' pre-activations, the steps still to go)."""
-
-Forward = Callable[..., Any]
-
-
-def producing(original: Forward) -> Forward:
-    """The forward of a producer in a Sequential: its output carries the rows of its bank along."""
-
-    @functools.wraps(original)
-    def forward(self: nn.Module, input: Tensor) -> Tensor:
-        z: Tensor = original(self, input)
-        bank: Any = self._modules.get("composite")
-        steps = offset_of(self) if bank is None else bank.path.offset
-        if steps:
-            setattr(z, CARRIED, (self, None if bank is None else bank(input), steps))
-        return z
-
-    return forward
-
-
-def passing(original: Forward) -> Forward:
-    """The forward of a unit-wise child of a Sequential: it takes the rows one step on, the last one adds them in."""
-
-    @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        carried = carried_by((*args, *kwargs.values())[0])
-        h = original(self, *args, **kwargs)
-        if carried is None:
-            return h
-        producer, z, steps = carried
-        bank: Any = producer._modules.get("composite")
-        if z is not None and not bank.path.function.parameters:
-            z = original(self, z)
-        if steps > 1:
-            setattr(h, CARRIED, (producer, z, steps - 1))
-            return h
-        return _combined(producer, self, h, z)
-
-    return forward
-
-
-def looping(original: Forward) -> Forward:
-    """The forward of a Sequential: the same loop, which does not let carried rows get lost."""
-
-    @functools.wraps(original)
-    def forward(self: Any, input: Any) -> Any:
-        for module in self:
-            carried = carried_by(input)
-            input = module(input)
-            if carried is not None and not is_passing(module):
-                raise _replaced(carried[0], module)
-        carried = carried_by(input)
-        if carried is not None and carried[1] is not None:
-            raise SurgeryError(
-                f"this Sequential ends between {type(carried[0]).__name__} and its activation function, and the "
-                "producer's units are composite units, which exist only after the activation; take a slice that "
-                "ends behind it, or undo the operation"
-            )
-        return input
-
-    return forward
-
-
-FORWARDS = {Role.PRODUCER: producing, Role.PATH: passing, Role.SEQUENTIAL: looping}
-
-
-def carried_by(value: Any) -> tuple[nn.Module, Tensor | None, int] | None:
-    """What a pre-activation carries along, None for any other value."""
-    return getattr(value, CARRIED, None) if isinstance(value, Tensor) else None
-
-
-def is_passing(module: nn.Module) -> bool:
-    """Whether a module takes carried rows on."""
-    return isinstance(module, Rewritten) and module._neuronsurgery_program.role is Role.PATH
-
-
-def _combined(producer: nn.Module, activation: nn.Module, h: Tensor, z: Tensor | None) -> Tensor:
-    """Composites in place; `z`: the rows' activations, or pre-activations where the path has parameters of its own."""
-    bank: Any = producer._modules.get("composite")
-    if z is not None:
-        if original_class(activation).__qualname__ != bank.path.activation_class:
-            raise _replaced(producer, activation)
-        h = bank.combine(h, z) if bank.path.function.parameters else bank.assemble(h, z)
-    return tap(producer.weight, h) if offset_of(producer) else h
-
-
-def _replaced(producer: nn.Module, found: nn.Module) -> SurgeryError:
-    bank: Any = producer._modules.get("composite")
-    made_for = "" if bank is None else f" {bank.path.activation_class}"
-    return SurgeryError(
-        f"the bank of this {type(producer).__name__} was made for the activation{made_for}, and "
-        f"{original_class(found).__qualname__} stands there now; undo the operation before you change the activation"
-    )

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
-from neuronsurgery.pytorch.tracing import Trace, default_call, trace
+from neuronsurgery.pytorch.tracing import Trace, trace
 from neuronsurgery.pytorch.uses import PRODUCERS
 
 __all__ = ["CONTAINERS", "Reading", "is_torch", "modules_of", "read", "scopes_of", "targets_of"]

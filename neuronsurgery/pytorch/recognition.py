@@ -14,8 +14,9 @@ import torch
 from torch import fx, nn
 
 from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.mirroring import original_class
-from neuronsurgery.pytorch.tracing import default_call, trace
+from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.unitwise import (
     IDENTITY,
     Earlier,

@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import dis
 import inspect
+import itertools
+import linecache
 import random
+import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -26,6 +29,7 @@ from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.calls import Call, Description, is_namedtuple, unbind
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import (
     Guard,
@@ -39,17 +43,7 @@ from neuronsurgery.pytorch.mirroring import (
     submodule,
 )
 
-__all__ = ["Call", "Trace", "bind", "default_call", "describe", "trace"]
-
-Description = Any  # nested tuples; ("tensor",), ("number", type), ("constant", value), or a container of these
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a function was called: the names its arguments bind to, and what each of them was, as nested tuples."""
-
-    names: tuple[str, ...]
-    description: Description
+__all__ = ["Trace", "trace"]
 
 
 @dataclass(frozen=True)
@@ -107,69 +101,6 @@ def _untraceable(error: Exception | Impurity, module: nn.Module, method: str) ->
 
 
 _LIBRARIES = ("/torch/", contextlib.__file__, mock.__file__)
-
-
-# -- calls -----------------------------------------------------------------------------------------------------------
-
-
-def default_call(module: nn.Module, method: str = "forward") -> Call:
-    """The call with a tensor for each argument that has no default, and the defaults for the rest."""
-    names, parts = [], []
-    for parameter in list(inspect.signature(getattr(original_class(module), method)).parameters.values())[1:]:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            value: Description = ("dict", (), ())
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            value = (tuple, (("tensor",),))
-        else:
-            value = ("tensor",) if parameter.default is parameter.empty else describe(parameter.default, [])
-        names.append(parameter.name)
-        parts.append(value)
-    return Call(tuple(names), tuple(parts))
-
-
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Argument names to values, defaults filled in (the signature is without `self`)."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def describe(value: Any, leaves: list[Any], constant_numbers: bool = False) -> Description:
-    """What an argument is, hashable, for choosing a graph; tensors (and numbers) are appended to `leaves`."""
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return ("tensor",)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not constant_numbers:
-        leaves.append(value)
-        return ("number",)
-    if isinstance(value, (tuple, list)):
-        return (type(value), tuple([describe(item, leaves, constant_numbers) for item in value]))
-    if isinstance(value, dict):
-        parts = tuple([describe(item, leaves, constant_numbers) for item in value.values()])
-        return ("dict", tuple(value), parts)
-    if isinstance(value, (type(None), bool, str, int, float, torch.dtype, torch.device)):
-        return ("constant", value)
-    raise UntraceableError(
-        f"an argument of type {type(value).__name__} cannot be part of a traced call; pass tensors, numbers, strings, "
-        "None, or tuples, lists and dictionaries of them"
-    )
-
-
-def unbind(function: Callable[..., Any], module: Any, bound: Mapping[str, Any]) -> Any:
-    """Call a function of a module with its arguments by name, respecting positional-only and starred ones."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        value = bound[parameter.name]
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            args.extend(value)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            kwargs.update(value)
-        elif parameter.kind is parameter.KEYWORD_ONLY:
-            kwargs[parameter.name] = value
-        else:
-            args.append(value)
-    return function(module, *args, **kwargs)
 
 
 # -- the tracer ------------------------------------------------------------------------------------------------------
@@ -316,11 +247,6 @@ def _unpacked(obj: Any, frame: Any) -> Iterator[Any]:
     raise Impurity("control flow on tensor values or shapes (loops over a tensor or a size)")
 
 
-def is_namedtuple(kind: type) -> bool:
-    """Whether a tuple class is a named tuple, which is built from its items one by one."""
-    return "_fields" in vars(kind) or any("_fields" in vars(base) for base in kind.__mro__)
-
-
 class OpaqueProxy(fx.Proxy):
     """The value of a recorded call, whose type is not known while tracing: a question about it is refused."""
 
@@ -348,24 +274,33 @@ class TensorProxy(OpaqueProxy):
 def is_type_question(frame: Any) -> bool:
     """Whether `__class__` is read for Python code that asks for the type: by isinstance, match or attribute access.
 
-    Some of torch's C functions (torch.pow, torch.where ...) read it too when one of their overloads takes a number,
-    and unpack what claims to be a tensor, which ends the process.
+    Some of torch's C functions (torch.pow, torch.where ...) read it too, and unpack what claims to be a tensor, which
+    ends the process. So the source of the very call that runs decides.
 
     Raises:
-        Impurity: the function that calls may do both, and which of them it does cannot be told.
+        Impurity: the calling function uses isinstance, and its source is not to be had.
     """
     code, position = frame.f_back.f_code, frame.f_back.f_lasti
     if dis.opname[code.co_code[position]] in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS"):
         return True
-    if "isinstance" in code.co_names and not _UNPACKING.isdisjoint(code.co_names):
-        raise Impurity("asks isinstance of a tensor in a function that also calls torch.where, torch.pow or the like")
-    return "isinstance" in code.co_names
+    if "isinstance" not in code.co_names:
+        return False
+    text = _text_of_call(code, position)
+    if not text:
+        raise Impurity("asks isinstance of a tensor in a function whose source is not to be had")
+    return text.startswith("isinstance(")
 
 
-_UNPACKING = frozenset(
-    "pow float_power where remainder xlogy xlog1py zeta isin result_type bitwise_and bitwise_or bitwise_xor "
-    "bitwise_left_shift bitwise_right_shift".split()
-)
+def _text_of_call(code: Any, position: int) -> str:
+    """The source that the instruction at a position comes from, up to the end of its first line; "" if unknown."""
+    if sys.version_info < (3, 11):
+        return ""
+    line, _, column, _ = next(itertools.islice(code.co_positions(), position // 2, None))
+    lines = linecache.getlines(code.co_filename)
+    if line is None or column is None or line > len(lines):
+        return ""
+    text: str = lines[line - 1].encode()[column:].decode()
+    return text
 
 
 class OpaqueAttribute(fx.proxy.Attribute):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -345,16 +346,29 @@ class Masked(nn.Module):
 
 
 class MaskedTensors(Masked):
-    """The same behind a question about types, which a trace cannot tell from the former's."""
+    """The same beside questions about types, which read the class as well."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(torch.relu(self.fc1(torch.where(x > 0, x, 0.0) if isinstance(x, Tensor) else x)))  # type: ignore[no-any-return]
+        x = torch.where(x > 0, x, 0.0) if isinstance(x, Tensor) and not isinstance(torch.pow(x, 2), str) else x
+        return self.fc2(torch.relu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+SOURCELESS: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
+exec("def forward(self, x): return self.fc2(torch.relu(self.fc1(x if isinstance(x, Tensor) else 0)))", SOURCELESS)
+
+
+class MaskedWithoutSource(Masked):
+    """A question about types that cannot be told from other reads of the class."""
+
+    forward = SOURCELESS["forward"]
 
 
 def test_functions_with_an_overload_for_numbers_do_not_end_the_process():
     network = Network("masked", Masked().double(), (torch.randn(4, 5).double(),), ("fc1",), torch.float64)
     check_operation(network, {"fc1": [1, 2]})
-    assert "isinstance" in surgery.discover(MaskedTensors()).declined["fc1"]
+    network = Network("masked", MaskedTensors().double(), (torch.randn(4, 5).double(),), ("fc1",), torch.float64)
+    check_operation(network, {"fc1": [1, 2]})
+    assert "isinstance" in surgery.discover(MaskedWithoutSource()).declined["fc1"]
 
 
 class Applying(nn.Module):

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuronsurgery import surgery
-from neuronsurgery.pytorch.tracing import Call, default_call, trace
+from neuronsurgery.pytorch.calls import Call, default_call
+from neuronsurgery.pytorch.tracing import trace
 from tests.assertions import state_of
 
 OPERATED = surgery.Units({"fc": [0, 1, 2]})
