@@ -503,3 +503,68 @@ def test_an_operation_inside_an_autocast_block_keeps_the_output(verify: bool):
         after = model(x()).detach()
     assert after.dtype == torch.bfloat16
     assert float((after - before).abs().max()) <= 2.0**-7 * float(before.abs().max())
+
+
+# -- loops of the user's own -------------------------------------------------------------------------------------------
+
+
+def by_hand(model: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in model:
+        x = layer(x)
+    return x
+
+
+@pytest.mark.parametrize("kind", ["inplace relu", "prelu", "identity between", "convolutions"])
+def test_loops_over_a_sequential_by_hand_give_the_same_output_after_surgery(kind: str):
+    torch.manual_seed(0)
+    models = {
+        "inplace relu": (nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)), torch.randn(5, 4)),
+        "prelu": (nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 2)), torch.randn(5, 4)),
+        "identity between": (
+            nn.Sequential(nn.Linear(4, 8), nn.Identity(), nn.GELU(), nn.Linear(8, 2)),
+            torch.randn(5, 4),
+        ),
+        "convolutions": (
+            nn.Sequential(nn.Conv1d(2, 8, 3), nn.SiLU(), nn.Conv1d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2)),
+            torch.randn(5, 2, 8),
+        ),
+    }
+    model, x = models[kind]
+    before = model(x).detach()
+    for seed in (1, 2):
+        surgery.knife(model, surgery.Random(0.5, seed=seed))
+    assert torch.allclose(by_hand(model, x), before, rtol=0, atol=2e-6 * float(before.abs().max()))
+    with torch.no_grad():  # the active members move, so that no bank could be left out unnoticed
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert torch.equal(by_hand(model, x), model(x))
+    assert not torch.allclose(model(x), before, atol=1e-3)
+    behind = {"identity between": 3}.get(kind, 2)  # the first activation function
+    assert torch.equal(model[behind:](model[:behind](x)), model(x))
+
+
+def test_a_child_that_replaces_the_activation_is_an_error_and_not_a_wrong_output():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    surgery.knife(model, surgery.Units({"0": [1, 2]}))
+    model[1] = nn.Tanh()
+    with pytest.raises(surgery.SurgeryError, match=r"made for the activation ReLU, and Tanh stands there now"):
+        model(torch.randn(3, 4))
+
+
+def test_an_activation_used_in_a_sequential_and_in_a_forward_adds_the_rows_once():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+            self.body = nn.Sequential(nn.Linear(4, 6), self.act, nn.Linear(6, 6), self.act)
+            self.out = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.act(self.body[0](x)) + self.body(x))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Both(), torch.randn(5, 4)
+    before = model(x).detach()
+    report = surgery.knife(model, surgery.Random(0.5, seed=3), verify=x)
+    assert report.num_units == 6
+    assert torch.allclose(model(x), before, rtol=0, atol=2e-6 * float(before.abs().max()))
