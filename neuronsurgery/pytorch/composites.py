@@ -20,7 +20,7 @@ from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.unitwise import Earlier, PerUnit, UnitFunction, resolve
 
-__all__ = ["Composite", "Product", "UnitPath", "apply"]
+__all__ = ["Composite", "Product", "UnitPath", "apply", "frozen_names"]
 
 STRUCTURE_FORMAT = 1
 
@@ -70,15 +70,23 @@ class UnitPath:
     per_unit: bool = False
 
 
+def frozen_names(path: UnitPath) -> tuple[str, ...]:
+    """The names of a bank's buffers with one value a row: weights, biases, and the path's own parameters.
+
+    Not `weight` and `bias`: functions that walk all modules and initialize whatever has a weight must pass it by.
+    """
+    return ("frozen_weight", "frozen_bias", *(f"frozen_path_{index}" for index in range(len(path.function.parameters))))
+
+
 class Composite(nn.Module):
     """The bank of one producer: frozen rows, their structure, and the sum into composite units.
 
-    Buffers: `weight` (capacity, *row_shape), `bias` (capacity,) where the producer has one, and `path_<i>` (capacity,),
-    the frozen copies of the path's own parameters. Unused rows repeat the first one and are never read.
+    Buffers: `frozen_weight` (capacity, *row_shape), `frozen_bias` (capacity,) where the producer has one, and
+    `frozen_path_<i>` (capacity,), copies of the path's own parameters. Unused rows repeat the first and are never read.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    frozen_weight: Tensor
+    frozen_bias: Tensor | None
     order: Tensor
     source: Tensor | None
 
@@ -93,12 +101,12 @@ class Composite(nn.Module):
 
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers with one value a row: weight, bias, and the path's parameters."""
-        return ("weight", "bias", *(f"path_{index}" for index in range(len(self.path.function.parameters))))
+        return frozen_names(self.path)
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
         """The gather tables for these rows, on the bank's device."""
         layout = Layout.of(rows, self.num_units)
-        device = self.weight.device
+        device = self.frozen_weight.device
         return {
             "order": torch.from_numpy(layout.order).to(device),
             "source": None if layout.source is None else torch.from_numpy(layout.source).to(device),
@@ -111,7 +119,7 @@ class Composite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, unit axis of size capacity."""
-        return self.product(x, self.weight, self.bias)
+        return self.product(x, self.frozen_weight, self.frozen_bias)
 
     def combine(self, h: Tensor, z: Tensor, function: UnitFunction | None = None) -> Tensor:
         """The layer's activations with composites in place: h (the slots' activations), z (`forward` of this bank).
@@ -152,7 +160,7 @@ class Composite(nn.Module):
                 f"the activation function is '{function.name}' now, with other parameters than those of "
                 f"'{self.path.function.name}', for which the bank was made; undo the operation before you change it"
             )
-        slopes = [getattr(self, f"path_{index}") for index in range(len(function.parameters))]
+        slopes = [getattr(self, f"frozen_path_{index}") for index in range(len(function.parameters))]
         return apply(function, z, slopes, self.product.unit_axis)
 
     def get_extra_state(self) -> Tensor:
@@ -178,10 +186,10 @@ class Composite(nn.Module):
             raise SurgeryError(
                 f"the saved bank belongs to a layer of {numbers[1]} units, this one has {self.num_units}"
             )
-        if room_for(len(rows), self.num_units) != len(self.weight):
+        if room_for(len(rows), self.num_units) != len(self.frozen_weight):
             raise SurgeryError(
-                f"the saved bank has {len(rows)} frozen rows, this model's has room for {len(self.weight)}: it was "
-                "operated on differently"
+                f"the saved bank has {len(rows)} frozen rows, this model's has room for {len(self.frozen_weight)}: it "
+                "was operated on differently"
             )
         self.rows = rows
         for name, value in self.tables(rows).items():

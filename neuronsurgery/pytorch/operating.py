@@ -21,7 +21,7 @@ from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
-from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.composites import Composite, frozen_names
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
@@ -161,12 +161,11 @@ def _extended_bank(
         rows.tolist(), operation, [births] * len(rows)
     )
     values: list[Tensor | None] = []
-    for index, slot in enumerate((place.weight, place.bias, *place.slopes)):
+    slots = (place.weight, place.bias, *place.slopes)
+    for name, slot, drawn in zip(frozen_names(place.path), slots, fresh, strict=True):
         if slot is None:
             values.append(None)
             continue
-        name = ("weight", "bias")[index] if index < 2 else f"path_{index - 2}"
-        drawn = fresh[index]
         knowledge = _slot_rows(slot, rows)
         compensation = knowledge if drawn is None else drawn
         frozen = [] if old is None else [old.live(name)]

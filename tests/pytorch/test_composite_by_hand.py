@@ -66,8 +66,8 @@ def test_the_slot_holds_the_active_member_and_the_bank_knowledge_then_compensati
     state = model.state_dict()
     assert state["0.weight"].tolist() == [[1, -1], [3, -1]]
     assert state["0.bias"].tolist() == [0, 0]
-    assert state["0.composite.weight"][:2].tolist() == [[1, 2], [1, -1]]
-    assert state["0.composite.bias"][:2].tolist() == [-1, 0]
+    assert state["0.composite.frozen_weight"][:2].tolist() == [[1, 2], [1, -1]]
+    assert state["0.composite.frozen_bias"][:2].tolist() == [-1, 0]
     members = surgery.composites(model).members["0"]
     assert [(member.role, member.unit) for member in members] == [("knowledge", 0), ("compensation", 0)]
 
@@ -96,7 +96,7 @@ def test_after_a_step_the_knowledge_stays_and_the_active_member_moves(model):
     optimizer.step()
     assert model[0].weight.tolist() == [[0, -1.5], [-7, -6]]
     assert model[0].bias.tolist() == [-0.5, -5]
-    assert model.state_dict()["0.composite.weight"][:2].tolist() == [[1, 2], [1, -1]]
+    assert model.state_dict()["0.composite.frozen_weight"][:2].tolist() == [[1, 2], [1, -1]]
     assert model[:2](X).tolist() == [[2, 0]]
     assert model(X).item() == 2
 
@@ -107,7 +107,7 @@ def test_a_second_operation_makes_the_active_member_knowledge_and_changes_nothin
         model[0].weight[0] = torch.tensor([2.0, 1.0])  # a = relu(2*2 + 1*1) = 5, so h_0 = 3 + (5 - 1) = 7
     assert model(X).item() == 57
     operated(model)
-    assert model.state_dict()["0.composite.weight"][:4].tolist() == [[1, 2], [1, -1], [2, 1], [1, -1]]
+    assert model.state_dict()["0.composite.frozen_weight"][:4].tolist() == [[1, 2], [1, -1], [2, 1], [1, -1]]
     assert model.state_dict()["0.weight"][0].tolist() == [1, -1]
     assert model(X).item() == 57  # 3 + (5 - 1) + (1 - 1) = 7
 

@@ -62,7 +62,7 @@ def test_original_state_dict_keys_stay_in_order_and_new_ones_are_the_banks(anima
     producers = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for key in set(after) - set(before):
         bank, _, entry = key.rpartition(".")
-        assert entry in ("weight", "bias", "_extra_state") or entry.startswith("path_"), key
+        assert entry == "_extra_state" or entry.startswith("frozen_"), key
         owner = bank.removesuffix(".composite") if bank.endswith(".composite") else bank.removesuffix("_composite")
         assert owner in sites or owner in producers, key
     assert all(isinstance(value, Tensor) for value in model.state_dict().values())
@@ -465,9 +465,9 @@ def test_checkpoints_of_another_structure_are_refused():
     surgery.knife(operated, UNITS)
     for _ in range(3):
         surgery.knife(more, surgery.Units({"0": [0, 1, 2], "2": [0, 1, 2]}))
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*0.composite.weight"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*0.composite.frozen_weight"):
         plain.load_state_dict(operated.state_dict())
-    with pytest.raises(RuntimeError, match=r"Missing key.*0.composite.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*0.composite.frozen_weight"):
         operated.load_state_dict(plain.state_dict())
     with pytest.raises((RuntimeError, surgery.SurgeryError), match=r"size mismatch|operated on differently"):
         operated.load_state_dict(more.state_dict())
@@ -568,3 +568,16 @@ def test_an_activation_used_in_a_sequential_and_in_a_forward_adds_the_rows_once(
     report = surgery.knife(model, surgery.Random(0.5, seed=3), verify=x)
     assert report.num_units == 6
     assert torch.allclose(model(x), before, rtol=0, atol=2e-6 * float(before.abs().max()))
+
+
+def test_an_initializer_that_walks_whatever_has_a_weight_leaves_the_frozen_members():
+    def initialize(module: nn.Module) -> None:
+        for name in ("weight", "bias"):
+            if getattr(module, name, None) is not None:
+                nn.init.normal_(getattr(module, name))
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 2))
+    surgery.knife(model, surgery.Units({"0": [1, 2]}))
+    before = {key: value.clone() for key, value in model.state_dict().items() if "composite" in key}
+    model.apply(initialize)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
