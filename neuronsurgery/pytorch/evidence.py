@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.errors import EvidenceError
 from neuronsurgery.evidence import Evidence, Quantity
@@ -37,13 +38,12 @@ def evidence_of_gradients(discovery: Discovery) -> Evidence:
     Raises:
         EvidenceError: no site's weight has a gradient.
     """
-    gradients = {name: place.weight.grad for name, place in discovery.places.items()}
-    present = {name: g for name, g in gradients.items() if g is not None}
-    if gradients and not present:
+    present = _gradients(discovery.places)
+    if discovery.places and not present:
         raise EvidenceError(
-            f"no gradients are present: all {len(gradients)} sites' weights have .grad None. Call loss.backward() "
-            "first, or measure with surgery.observe(model, optimizer) in training or surgery.probe(model, batches, "
-            "loss_fn), and pass evidence="
+            f"no gradients are present: all {len(discovery.places)} sites' weights have .grad None. Call "
+            "loss.backward() first, or measure with surgery.observe(model, optimizer) in training or "
+            "surgery.probe(model, batches, loss_fn), and pass evidence="
         )
     evidence = Evidence(discovery.sites, source=weakref.ref(discovery.model))
     evidence.record_step(_norms(discovery.places, present))
@@ -78,8 +78,13 @@ def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, 
 def _record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
     norms = _norms(places, gradients)
     if norms:
-        finite = torch.stack([g.isfinite().all().to("cpu", non_blocking=True) for _, g in norms.values()])
-        evidence.record_step(norms, usable=finite.all())
+        flags = [g.isfinite().all() for _, g in norms.values()]  # stay on the device: nothing waits for it
+        evidence.record_step(norms, usable=torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def _gradients(places: dict[str, Place]) -> dict[str, Tensor]:
+    """The gradients that the weights of these places hold now."""
+    return {name: place.weight.grad for name, place in places.items() if place.weight.grad is not None}
 
 
 # -- while training --------------------------------------------------------------------------------------------------
@@ -134,19 +139,14 @@ def _after_optimizer_steps(
 
         def read(*_: Any) -> None:
             if clock.is_on:
-                gradients = {n: p.weight.grad for n, p in places.items() if p.weight.grad is not None}
-                _record_step(evidence, places, gradients)
+                _record_step(evidence, places, _gradients(places))
             if optimizer is optimizers[-1]:
                 clock.step += 1
 
         return read
 
-    handles = [optimizer.register_step_pre_hook(reader(optimizer)) for optimizer in optimizers]
-    try:
+    with _installed([optimizer.register_step_pre_hook(reader(optimizer)) for optimizer in optimizers]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -157,8 +157,7 @@ def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> I
     def finish() -> None:
         pending.clear()
         if clock.is_on:
-            gradients = {n: p.weight.grad for n, p in discovery.places.items() if p.weight.grad is not None}
-            _record_step(evidence, discovery.places, gradients)
+            _record_step(evidence, discovery.places, _gradients(discovery.places))
         clock.step += 1
 
     def arrived(_: Tensor) -> None:
@@ -170,6 +169,13 @@ def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> I
         place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
         for place in discovery.places.values()
     ]
+    with _installed(handles):
+        yield
+
+
+@contextmanager
+def _installed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are taken off when the context closes."""
     try:
         yield
     finally:
