@@ -66,18 +66,21 @@ def operate(
         banked = banked_names(discovery) | {each.place.site.name for each in grafts}
         changes += class_changes(discovery, banked)
         check = None if verify is None else SameOutput(model, verify)
-        report = lambda: Report(  # noqa: E731  (within the transaction: either it happened and is on record, or not)
-            operation=operation if grafts else 0,
-            operated={name: tuple(units) for name, units in plan.units.items() if units},
-            declined=plan.declined,
-            errors={each.place.site.name: each.error for each in grafts},
-            plan=plan,
-            parameters_before=before,
-            parameters_after=num_weights(model),
-            notes=(*plan.notes, *_notes(grafts, optimizers, parameters)),
-            verified=check is not None,
-            model_error=None if check is None else check.error,
-        )
+
+        def report() -> Report:  # written within the transaction: either it happened and is on record, or not
+            return Report(
+                operation=operation if grafts else 0,
+                operated={name: tuple(units) for name, units in plan.units.items() if units},
+                declined=plan.declined,
+                errors={each.place.site.name: each.error for each in grafts},
+                plan=plan,
+                parameters_before=before,
+                parameters_after=num_weights(model),
+                notes=(*plan.notes, *_notes(grafts, optimizers, parameters)),
+                verified=check is not None,
+                model_error=None if check is None else check.error,
+            )
+
         return run([*changes, *([check] if check else [])], report)
     except BaseException:
         if generator is not None and state is not None:
@@ -254,18 +257,21 @@ def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Op
         if place.bank is not None and bool(place.bank.rows.of_operation(report.operation).all()):
             emptied.add(name)
     changes += class_changes(discovery, banked_names(discovery) - emptied)
-    record = lambda: Report(  # noqa: E731  (as in `operate`)
-        operation=report.operation,
-        operated=report.operated,
-        declined={},
-        errors={},
-        plan=report.plan,
-        parameters_before=before,
-        parameters_after=num_weights(model),
-        notes=(f"operation {report.operation} was undone",),
-        verified=False,
-        model_error=None,
-    )
+
+    def record() -> Report:
+        return Report(
+            operation=report.operation,
+            operated=report.operated,
+            declined={},
+            errors={},
+            plan=report.plan,
+            parameters_before=before,
+            parameters_after=num_weights(model),
+            notes=(f"operation {report.operation} was undone",),
+            verified=False,
+            model_error=None,
+        )
+
     return run(changes, record)
 
 
