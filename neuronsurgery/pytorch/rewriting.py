@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from torch import nn
 
 from neuronsurgery.pytorch.carrying import Role
+from neuronsurgery.pytorch.insertion import Rewrite
 from neuronsurgery.pytorch.mirroring import child_names, original_class, submodule
 from neuronsurgery.pytorch.places import Home, bank_name
-from neuronsurgery.pytorch.programs import Program, Rewrite, rewritten_class
+from neuronsurgery.pytorch.programs import Program, rewritten_class
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.taps import is_observed
 from neuronsurgery.pytorch.transaction import Change, SetClass
