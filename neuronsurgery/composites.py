@@ -142,6 +142,22 @@ class Rows:
         """Each operated unit and its latest operation."""
         return {int(u): int(self.operation[self.unit == u].max()) for u in np.unique(self.unit)}
 
+    def reference(self, num_units: int) -> Integers:
+        """For each unit the index, into [slots, rows], of what a coupling normalization measures, (num_units,).
+
+        The slot itself, of an operated unit its first knowledge row, for good: so a new active member does not disturb
+        its neighbors, and operating again changes no statistic.
+
+        Example:
+            >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]]).extended([1], operation=2, births=[[5]])
+            >>> rows.reference(num_units=3).tolist()
+            [0, 3, 2]
+        """
+        found = np.arange(num_units)
+        unit, place, row = _ranked(self, KNOWLEDGE)
+        found[unit[place == 0]] = num_units + row[place == 0]
+        return found
+
     def encoded(self) -> Integers:
         """All of it as one int64 table (num_rows, 3 + num_parameters), for a checkpoint."""
         return np.concatenate([np.stack([self.sign, self.unit, self.operation], axis=1), self.births], axis=1)

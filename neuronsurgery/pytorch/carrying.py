@@ -9,11 +9,12 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
+from neuronsurgery.pytorch.links import UnitFunction, is_coupling
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.taps import offset_of, tap
 
@@ -35,7 +36,7 @@ def produce(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
     carried = getattr(z, CARRIED, None)
     if carried is not None:
         delattr(z, CARRIED)  # this scope adds the rows in itself
-        return z, carried[1]
+        return z, carried.rows
     bank = producer._modules.get("composite")
     return z, None if bank is None else bank(received)
 
@@ -56,8 +57,21 @@ def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tenso
         handle.remove()
 
 
+class Carried(NamedTuple):
+    """What a pre-activation carries: its producer, its frozen rows if any, and of its links those passed and all."""
+
+    producer: nn.Module
+    rows: Tensor | None
+    num_passed: int
+    num_links: int
+
+    @property
+    def bank(self) -> Any:
+        return self.producer._modules.get("composite")
+
+
 CARRIED = "_neuronsurgery_carried"
-"""The attribute of a pre-activation that carries (its producer, the rows' pre-activations, the steps still to go)."""
+"""The attribute of a pre-activation that holds what it carries."""
 
 Forward = Callable[..., Any]
 
@@ -69,33 +83,59 @@ def producing(original: Forward) -> Forward:
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         z: Tensor = original(self, input)
         bank: Any = self._modules.get("composite")
-        steps = offset_of(self) if bank is None else bank.path.offset
-        if steps:
-            setattr(z, CARRIED, (self, None if bank is None else bank(input), steps))
+        num_links = offset_of(self) if bank is None else len(bank.path.links)
+        if num_links:
+            setattr(z, CARRIED, Carried(self, None if bank is None else bank(input), 0, num_links))
         return z
 
     return forward
 
 
 def passing(original: Forward) -> Forward:
-    """The forward of a unit-wise child of a Sequential: it takes the rows one step on, the last one adds them in."""
+    """The forward of a link in a Sequential: it takes the rows along, the last one adds them in."""
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        carried = carried_by((*args, *kwargs.values())[0])
-        h = original(self, *args, **kwargs)
+        slots = (*args, *kwargs.values())[0]
+        carried = carried_by(slots)
         if carried is None:
+            return original(self, *args, **kwargs)
+        if carried.rows is None:
+            h, rows = original(self, slots), None
+        else:
+            h, rows = _passed_by(self, original, carried, slots)
+        carried = carried._replace(rows=rows, num_passed=carried.num_passed + 1)
+        if carried.num_passed < carried.num_links:
+            setattr(h, CARRIED, carried)
             return h
-        producer, z, steps = carried
-        bank: Any = producer._modules.get("composite")
-        if z is not None and not bank.path.function.parameters:
-            z = original(self, z)
-        if steps > 1:
-            setattr(h, CARRIED, (producer, z, steps - 1))
-            return h
-        return _combined(producer, self, h, z)
+        if rows is not None:
+            h = carried.bank.assemble(h, rows)
+        return tap(carried.producer.weight, h) if offset_of(carried.producer) else h  # type: ignore[arg-type]
 
     return forward
+
+
+def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots and rows past the link that a module is."""
+    bank, index, rows = carried.bank, carried.num_passed, carried.rows
+    if original_class(module).__qualname__ != bank.path.classes[index]:
+        raise _replaced(carried, module)
+    link = bank.path.links[index]
+    if is_coupling(link):
+        received = bank.entered(index, link, slots, rows)
+        own = [_attribute(module, name) for name in link.tensors]
+        return bank.left(index, link, slots, rows, received, original(module, received), own)
+    h = original(module, slots)
+    if isinstance(link, UnitFunction) and not (link.tensors or link.live):
+        return h, original(module, rows)  # by the settings that it has now
+    live = [_attribute(module, name) for name in link.live] if isinstance(link, UnitFunction) else []
+    return h, bank.passed(index, link, rows, live, module)
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
 def looping(original: Forward) -> Forward:
@@ -107,11 +147,11 @@ def looping(original: Forward) -> Forward:
             carried = carried_by(input)
             input = module(input)
             if carried is not None and not is_passing(module):
-                raise _replaced(carried[0], module)
+                raise _replaced(carried, module)
         carried = carried_by(input)
-        if carried is not None and carried[1] is not None:
+        if carried is not None and carried.rows is not None:
             raise SurgeryError(
-                f"this Sequential ends between {type(carried[0]).__name__} and its activation function, and the "
+                f"this Sequential ends between {type(carried.producer).__name__} and its activation function, and the "
                 "producer's units are composite units, which exist only after the activation; take a slice that "
                 "ends behind it, or undo the operation"
             )
@@ -123,7 +163,7 @@ def looping(original: Forward) -> Forward:
 FORWARDS = {Role.PRODUCER: producing, Role.PATH: passing, Role.SEQUENTIAL: looping}
 
 
-def carried_by(value: Any) -> tuple[nn.Module, Tensor | None, int] | None:
+def carried_by(value: Any) -> Carried | None:
     """What a pre-activation carries along, None for any other value."""
     return getattr(value, CARRIED, None) if isinstance(value, Tensor) else None
 
@@ -134,20 +174,9 @@ def is_passing(module: nn.Module) -> bool:
     return program is not None and program.role is Role.PATH
 
 
-def _combined(producer: nn.Module, activation: nn.Module, h: Tensor, z: Tensor | None) -> Tensor:
-    """Composites in place; `z`: the rows' activations, or pre-activations where the path has parameters of its own."""
-    bank: Any = producer._modules.get("composite")
-    if z is not None:
-        if original_class(activation).__qualname__ != bank.path.activation_class:
-            raise _replaced(producer, activation)
-        h = bank.combine(h, z) if bank.path.function.parameters else bank.assemble(h, z)
-    return tap(producer.weight, h) if offset_of(producer) else h
-
-
-def _replaced(producer: nn.Module, found: nn.Module) -> SurgeryError:
-    bank: Any = producer._modules.get("composite")
-    made_for = "" if bank is None else f" {bank.path.activation_class}"
+def _replaced(carried: Carried, found: nn.Module) -> SurgeryError:
+    made_for = "" if carried.bank is None else f" {carried.bank.path.classes[carried.num_passed]}"
     return SurgeryError(
-        f"the bank of this {type(producer).__name__} was made for the activation{made_for}, and "
+        f"the bank of this {type(carried.producer).__name__} was made for the activation{made_for}, and "
         f"{original_class(found).__qualname__} stands there now; undo the operation before you change the activation"
     )

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from neuronsurgery.errors import EquivalenceError
-from neuronsurgery.pytorch.composites import Composite, Product, apply
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.links import Dropout, Link, Norm, UnitFunction
 from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
 
@@ -29,17 +30,18 @@ def tolerance(dtype: torch.dtype) -> float:
 # -- one site --------------------------------------------------------------------------------------------------------
 
 
-def check_composite(place: Place, slots: Sequence[Tensor | None], bank: Composite) -> float:
+def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Composite) -> float:
     """The relative error of a layer's activations with new slots and a new bank, on random inputs to its producer.
+
+    `renewed`: all units' rows of each of the place's slots. Tensors from elsewhere are random as well.
 
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
     with torch.no_grad():
-        x = _random_input(place.weight, place.product)
-        old = _activations(place, (place.weight, place.bias, *place.slopes), place.bank, x)
-        new = _activations(place, slots, bank, x)
-        scale = max(_magnitude(old), _magnitude(bank.activation(bank(x))))
+        old, _ = _activations(place, [slots and slots.rows() for slots in place.slots], place.bank)
+        new, rows = _activations(place, renewed, bank)
+        scale = max(_magnitude(old), _magnitude(rows))
         error = _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny)
     if not error <= tolerance(place.weight.dtype):
         raise EquivalenceError(
@@ -50,23 +52,51 @@ def check_composite(place: Place, slots: Sequence[Tensor | None], bank: Composit
     return error
 
 
-def _activations(place: Place, slots: Sequence[Tensor | None], bank: Composite | None, x: Tensor) -> Tensor:
-    weight, bias, *slopes = slots
+def _activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite | None) -> tuple[Tensor, Tensor]:
+    """The activations of all units, on one axis, with these slots and this bank, in evaluation; and the rows' own."""
+    weight, bias, *values = renewed
     assert weight is not None
-    z = place.product(x, weight, bias)
-    h = apply(place.path.function, z, [s for s in slopes if s is not None], place.product.unit_axis)
-    return h if bank is None else bank.combine(h, bank(x))
+    x = place.product.example(weight, torch.Generator(weight.device).manual_seed(0))
+    h = place.product(x, weight, bias, torch.arange(len(weight), device=weight.device))
+    rows = h if bank is None else bank(x)
+    axis = -1 if place.product.is_stacked else place.product.unit_axes[0]
+    for index, link in enumerate(place.path.links):
+        own = [value for value in values[place.path.span(index)] if value is not None]
+        others = _others(link, index, h, place.product.is_stacked)
+        slots, h = h, link.slots(h, own, others, axis)
+        if bank is not None:
+            h, rows = _passed(bank, index, link, (slots, rows), h, own, others)
+        axis = link.axis_after(axis, h.dim())
+    return (h, rows) if bank is None else (bank.summed(h, rows, axis), rows)
 
 
-def _random_input(weight: Tensor, product: Product) -> Tensor:
-    """Standard normal input to a producer, large enough for its kernel and its padding."""
-    generator = torch.Generator(weight.device).manual_seed(0)
-    if product.kind == "linear":
-        shape: tuple[int, ...] = (64, weight.shape[1])
-    else:
-        reach = [d * (k - 1) + 1 for d, k in zip(product.dilation, weight.shape[2:], strict=True)]
-        shape = (8, weight.shape[1], *(size + 3 + max(product.wrapped_padding, default=0) for size in reach))
-    return torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+def _others(link: Link, index: int, slots: Tensor, is_stacked: bool) -> list[Tensor]:
+    """Random tensors from elsewhere, the same at every call; masks where a mask is asked for."""
+    if not isinstance(link, UnitFunction):
+        return []
+    generator = torch.Generator(slots.device).manual_seed(index)
+    shape = (1,) if is_stacked else slots.shape
+    found = [
+        torch.rand(shape, generator=generator, dtype=slots.dtype, device=slots.device) for _ in range(link.num_others)
+    ]
+    return [other > 0.5 if place in link.masks else other for place, other in enumerate(found)]
+
+
+def _passed(
+    bank: Composite,
+    index: int,
+    link: Link,
+    before: tuple[Tensor, Tensor],
+    result: Tensor,
+    own: Sequence[Tensor],
+    others: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    slots, rows = before
+    if isinstance(link, Norm):
+        received = bank.entered(index, link, slots, rows)
+        result = link.slots(received, own, (), bank.axis(index, rows))
+        return bank.left(index, link, slots, rows, received, result, own)
+    return result, rows if isinstance(link, Dropout) else bank.passed(index, link, rows, others)
 
 
 def _magnitude(values: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 A bank is a child module of its producer and holds buffers only, so nothing that walks parameters can move a frozen
 member. It receives the producer's own input, and replaces the activations of operated units by their composites:
-`forward` gives the rows' pre-activations, `combine` the activations of the whole layer.
+`forward` gives the rows' pre-activations, `passed` takes them along the path, `assemble` sums them in.
 """
 
 from __future__ import annotations
@@ -13,82 +13,81 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
-from neuronsurgery.pytorch.unitwise import Earlier, PerUnit, UnitFunction, resolve
+from neuronsurgery.pytorch.links import Coupling, Link, is_statistic
+from neuronsurgery.pytorch.products import Contraction, Product
+from neuronsurgery.pytorch.unitwise import Kind
 
-__all__ = ["Composite", "Product", "UnitPath", "apply", "frozen_names"]
+__all__ = ["Composite", "UnitPath", "frozen_names"]
 
 STRUCTURE_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Product:
-    """How a producer computes pre-activations from its input and rows: the operation and its constants.
+class UnitPath:
+    """What a producer's pre-activations pass on the way out, link by link; the last link is the activation function.
 
-    `kind` is "linear", "conv1d", "conv2d" or "conv3d"; `padding` a tuple or one of torch's names for it.
+    `classes` names for each link the class of the module that it is, "" for a function.
     """
 
-    kind: str
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] | str = ()
-    dilation: tuple[int, ...] = ()
-    padding_mode: str = "zeros"
-    wrapped_padding: tuple[int, ...] = ()
+    links: tuple[Link, ...]
+    classes: tuple[str, ...] = ()
 
     @property
-    def unit_axis(self) -> int:
-        """The axis of the units in the output, counted from the end."""
-        return -1 if self.kind == "linear" else -int(self.kind[4]) - 1
+    def name(self) -> str:
+        """The activation function."""
+        return self.links[-1].name
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Pre-activations of the given rows; weight (num_rows, *row_shape), bias (num_rows,)."""
-        if self.kind == "linear":
-            return F.linear(x, weight, bias)
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.wrapped_padding, mode=self.padding_mode), 0
-        conv = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}[self.kind]
-        return conv(x, weight, bias, self.stride, padding, self.dilation)
+    @property
+    def kind(self) -> Kind:
+        """Whether the activation function may become composites anywhere."""
+        return self.links[-1].kind
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The labels of all links' own tensors, in order."""
+        return tuple(label for link in self.links for label in link.tensors)
 
-@dataclass(frozen=True)
-class UnitPath:
-    """What a producer's pre-activations pass on the way out: the unit-wise function, and where it ends.
+    def span(self, index: int) -> slice:
+        """Which of `tensors` belong to a link."""
+        first = sum(len(link.tensors) for link in self.links[:index])
+        return slice(first, first + len(self.links[index].tensors))
 
-    In a Sequential, `offset` counts the children from the producer to the activation and `activation_class` names the
-    last one; elsewhere the rewritten forward knows the place. `per_unit`: a path parameter has a value for each unit,
-    which torch takes along axis 1.
-    """
-
-    function: UnitFunction
-    offset: int = 0
-    activation_class: str = ""
-    per_unit: bool = False
+    def axis(self, index: int, start: int, num_axes: int) -> int:
+        """Where the units are as a link is entered, counted from the end."""
+        for link in self.links[:index]:
+            start = link.axis_after(start, num_axes)
+        return start
 
 
 def frozen_names(path: UnitPath) -> tuple[str, ...]:
-    """The names of a bank's buffers with one value a row: weights, biases, and the path's own parameters.
+    """The names of a bank's buffers with one value a row: weights, biases, and the path's own tensors.
 
     Not `weight` and `bias`: functions that walk all modules and initialize whatever has a weight must pass it by.
+    Running statistics are not frozen: they follow what their row sees.
     """
-    return ("frozen_weight", "frozen_bias", *(f"frozen_path_{index}" for index in range(len(path.function.parameters))))
+    labels = enumerate(path.tensors)
+    tensors = (f"running_path_{i}" if is_statistic(label) else f"frozen_path_{i}" for i, label in labels)
+    return ("frozen_weight", "frozen_bias", *tensors)
 
 
 class Composite(nn.Module):
     """The bank of one producer: frozen rows, their structure, and the sum into composite units.
 
-    Buffers: `frozen_weight` (capacity, *row_shape), `frozen_bias` (capacity,) where the producer has one, and
-    `frozen_path_<i>` (capacity,), copies of the path's own parameters. Unused rows repeat the first and are never read.
+    Buffers: `frozen_weight` (capacity, *row_shape), `frozen_bias` (capacity,) where the producer has one, and for the
+    path's own tensors `frozen_path_<i>` (capacity, ...), copies of parameters, and `running_path_<i>`, statistics that
+    each row keeps. Unused rows repeat the first and are never read.
     """
 
     frozen_weight: Tensor
     frozen_bias: Tensor | None
     order: Tensor
     source: Tensor | None
+    units: Tensor
+    reference: Tensor
 
     def __init__(self, product: Product, path: UnitPath, num_units: int, rows: Rows, values: Sequence[Tensor | None]):
         super().__init__()
@@ -106,11 +105,15 @@ class Composite(nn.Module):
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
         """The gather tables for these rows, on the bank's device."""
         layout = Layout.of(rows, self.num_units)
-        device = self.frozen_weight.device
-        return {
-            "order": torch.from_numpy(layout.order).to(device),
-            "source": None if layout.source is None else torch.from_numpy(layout.source).to(device),
+        spare = len(self.frozen_weight) - len(rows)
+        tables = {
+            "order": layout.order,
+            "source": layout.source,
+            "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
+            "reference": rows.reference(self.num_units),
         }
+        device = self.frozen_weight.device
+        return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
 
     def live(self, name: str) -> Tensor | None:
         """The rows in use of one buffer, (num_rows, ...)."""
@@ -118,19 +121,98 @@ class Composite(nn.Module):
         return None if value is None else value[: len(self.rows)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pre-activations of the frozen rows for the input the producer received, unit axis of size capacity."""
-        return self.product(x, self.frozen_weight, self.frozen_bias)
+        """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
+        return self.product(x, self.frozen_weight, self.frozen_bias, self.units)
 
-    def combine(self, h: Tensor, z: Tensor, function: UnitFunction | None = None) -> Tensor:
-        """The layer's activations with composites in place: h (the slots' activations), z (`forward` of this bank).
+    # -- on the path
 
-        `function` is what the slots passed, where a plain attribute may have changed it since the operation.
+    def passed(
+        self, index: int, link: Link, rows: Tensor, others: Sequence[Any] = (), module: nn.Module | None = None
+    ) -> Tensor:
+        """The rows past a link of the path; `link` as it is now, should a plain attribute have changed it."""
+        return link.rows(self, rows, self.values(index, link), others, self.axis(index, rows), module)
+
+    def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor) -> Tensor:
+        """What the operation of a coupling link receives in the slots' place."""
+        return link.enter(self, slots, rows, self.axis(index, rows))
+
+    def left(
+        self,
+        index: int,
+        link: Coupling,
+        slots: Tensor,
+        rows: Tensor,
+        received: Tensor,
+        result: Tensor,
+        own: Sequence[Tensor] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Slots and rows past a coupling link; `own` are the slots' own tensors of that link."""
+        axis = self.axis(index, rows)
+        return link.leave(self, slots, rows, received, result, own, self.values(index, link), axis)
+
+    def axis(self, index: int, rows: Tensor) -> int:
+        """Where the rows' units are as they enter a link (past the last: as they come out), counted from the end."""
+        start = -1 if self.product.is_stacked else self.product.unit_axes[0]
+        return self.path.axis(index, start, rows.dim())
+
+    def values(self, index: int, link: Link) -> list[Tensor]:
+        """The rows' own tensors of a link.
+
+        Raises:
+            SurgeryError: the link is another one now, with other tensors.
         """
-        return self.assemble(h, self.activation(z, function))
+        made_for = self.path.links[index]
+        if link.tensors != made_for.tensors:
+            raise SurgeryError(
+                f"the pre-activations pass '{link.name}' now, with other parameters than those of '{made_for.name}', "
+                "for which the bank was made; undo the operation before you change it"
+            )
+        span = self.path.span(index)
+        return [getattr(self, name) for name in self.buffer_names()[2:][span]]
+
+    def gathered(self, other: Any, axis: int) -> Any:
+        """Each row's unit's part of a tensor from elsewhere; what has no unit axis is the same for all rows.
+
+        Raises:
+            SurgeryError: the tensor has another number of units: it broadcasts the slots along their own axis.
+        """
+        if not isinstance(other, Tensor):
+            return other
+        if self.product.is_stacked:
+            other = self.stacked(other)
+        size = other.shape[axis] if other.dim() >= -axis else 1
+        if size == self.num_units:
+            return other.index_select(axis, self.units)
+        if size == 1:
+            return other
+        raise SurgeryError(
+            f"a tensor of shape {tuple(other.shape)} enters between producer and activation: it has {size} entries "
+            f"along the axis of the {self.num_units} units; undo the operation on this site before you call it so"
+        )
+
+    def stacked(self, values: Tensor) -> Tensor:
+        """The axes that number the units as one, the last; axes of size 1 are broadcast."""
+        axes = self.product.unit_axes
+        sizes = self.product.sizes if isinstance(self.product, Contraction) else (self.num_units,)
+        shape = list((1,) * (-min(axes) - values.dim()) + tuple(values.shape))
+        if all(shape[axis] == 1 for axis in axes):
+            return values.reshape([size for axis, size in enumerate(shape, -len(shape)) if axis not in axes] + [1])
+        for axis, size in zip(axes, sizes, strict=True):
+            shape[axis] = size
+        return values.expand(shape).movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
 
     def assemble(self, h: Tensor, rows: Tensor) -> Tensor:
-        """As `combine`, from the activations of the rows."""
-        axis = self.product.unit_axis
+        """The layer's activations with composites in place: h (the slots' activations), rows (the frozen rows')."""
+        if not self.product.is_stacked:
+            return self.summed(h, rows, self.axis(len(self.path.links), rows))
+        axes = self.product.unit_axes
+        last = tuple(range(-len(axes), 0))
+        sizes = h.movedim(axes, last).shape[-len(axes) :]
+        flat = self.summed(h.movedim(axes, last).flatten(-len(axes)), rows, -1)
+        return flat.unflatten(-1, sizes).movedim(last, axes)  # type: ignore[no-untyped-call, no-any-return]
+
+    def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:
+        """As `assemble`, of slots and rows that have their units on one axis."""
         values = torch.cat([h, rows], axis)
         num_terms, num_columns = self.order.shape
         terms = values.index_select(axis, self.order.reshape(-1))
@@ -141,27 +223,6 @@ class Composite(nn.Module):
         if self.source is None:
             return composites
         return torch.cat([h, composites], axis).index_select(axis, self.source)
-
-    def activation(self, z: Tensor, function: UnitFunction | None = None) -> Tensor:
-        """The site's unit-wise function on the rows, with their own frozen path parameters.
-
-        Raises:
-            SurgeryError: a function with other parameters; or a slope per unit where the units are not on axis 1, so
-                that torch takes it along another axis.
-        """
-        if self.path.per_unit and z.dim() + self.product.unit_axis != 1:
-            raise SurgeryError(
-                f"a PReLU with a slope per unit reads axis 1 of its input, of {z.dim()} axes here, and the units are "
-                f"on axis {z.dim() + self.product.unit_axis}; undo the operation on this site before you call it so"
-            )
-        function = self.path.function if function is None else function
-        if function.parameters != self.path.function.parameters:
-            raise SurgeryError(
-                f"the activation function is '{function.name}' now, with other parameters than those of "
-                f"'{self.path.function.name}', for which the bank was made; undo the operation before you change it"
-            )
-        slopes = [getattr(self, f"frozen_path_{index}") for index in range(len(function.parameters))]
-        return apply(function, z, slopes, self.product.unit_axis)
 
     def get_extra_state(self) -> Tensor:
         """The structure as one int64 tensor, so that state dicts hold tensors only."""
@@ -199,33 +260,6 @@ class Composite(nn.Module):
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
 
 
-def apply(function: UnitFunction, z: Tensor, slopes: Sequence[Tensor], unit_axis: int) -> Tensor:
-    """A unit-wise function on the pre-activations of any units; a slope has one value per unit, or one in all."""
-    values = [z]
-    for step in function.steps:
-        if step.function.endswith(".prelu"):
-            (index,) = [argument.index for argument in step.args if isinstance(argument, PerUnit)]
-            values.append(_prelu(values[_first_index(step.args)], slopes[index], unit_axis))
-            continue
-        args = [values[a.index] if isinstance(a, Earlier) else a for a in step.args]
-        kwargs = {k: values[v.index] if isinstance(v, Earlier) else v for k, v in step.kwargs}
-        values.append(resolve(step.function)(*args, **kwargs))
-    return values[-1]
-
-
-def _first_index(args: tuple[Any, ...]) -> int:
-    return next(argument.index for argument in args if isinstance(argument, Earlier))
-
-
-def _prelu(z: Tensor, slope: Tensor, unit_axis: int) -> Tensor:
-    return torch.where(z > 0, z, _along(slope.to(z.dtype), unit_axis) * z)
-
-
 def _padded(value: Tensor, room: int) -> Tensor:
     """Rows up to the capacity; unused ones repeat the first, so that no function is evaluated off its domain."""
     return torch.cat([value, value[:1].expand(room - len(value), *value.shape[1:])]).contiguous()
-
-
-def _along(table: Tensor, axis: int) -> Tensor:
-    """A table whose last axis is the units, shaped to broadcast where the units are on `axis`."""
-    return table.reshape(*table.shape, *([1] * (-axis - 1)))

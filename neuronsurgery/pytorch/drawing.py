@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from neuronsurgery.errors import DrawError
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
-from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.places import Place, Slots
+from neuronsurgery.pytorch.reading import is_torch
 
 __all__ = ["Init", "check_drawing", "draw", "seed_for"]
 
@@ -45,51 +47,64 @@ def seed_for(generator: torch.Generator | None, operation: int) -> int:
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
-def draw(place: Place, rows: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], str]:
-    """Fresh rows for each of the place's renewed parameters, and how they were drawn if not by the layer's own rule.
+def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], tuple[str, ...]]:
+    """Fresh rows for each of the place's slots, and how they were drawn if not by the layer's own rule.
 
     Args:
         place: the site.
-        rows: unit indices, (num_rows,).
+        units: unit indices, (num_units,).
         init: fills a weight of the producer's whole shape in place, as the functions of `torch.nn.init` do; biases are
             then zero. None for the class's own `reset_parameters`.
         seed: what the draw depends on, together with the site's name.
 
     Returns:
-        For weight, bias and slopes (num_rows, ...) tensors, None where the place has no such parameter of its own; a
-        note for the report, "" when the layer's class drew.
+        For each of `place.slots` (num_units, ...), None where there are none, or none that an operation renews; notes
+        for the report.
     """
-    with _seeded((seed + zlib.crc32(place.site.name.encode())) % 2**63, place.weight.device):
+    with _seeded((seed + zlib.crc32(place.site.name.encode())) % 2**63, place.weight.device), torch.no_grad():
         weight, bias, note = _whole_layer(place, init)
-    slopes = [None if p is None else _slope(place, p, rows) for p in place.renewed[2:]]
-    drawn = [weight.index_select(0, rows), None if bias is None else bias.index_select(0, rows), *slopes]
-    return drawn, note
+        fresh = [weight, bias, *(_path_tensor(slots) for slots in place.slots[2:])]
+    rows = [
+        None if slots is None or whole is None or not slots.is_renewed else replace(slots, tensor=whole).take(units)
+        for slots, whole in zip(place.slots, fresh, strict=True)
+    ]
+    return rows, (note,) if note else ()
 
 
 def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None, str]:
     weight = torch.full_like(place.weight, torch.nan, requires_grad=False)
-    bias = None if place.bias is None else torch.zeros_like(place.bias, requires_grad=False)
+    bias = None if place.slots[1] is None else torch.zeros_like(place.slots[1].tensor, requires_grad=False)
     owner = place.owners[0][0]
-    with torch.no_grad():
-        if init is not None:
-            init(weight)
-            if not bool(weight.isfinite().all()):
-                raise DrawError(
-                    f"init= left values that are not finite in the weight of {place.site.name!r}: it must fill all of "
-                    "the tensor it gets in place, as torch.nn.init.xavier_uniform_ does; what it returns is not used"
-                )
-            return weight, bias, ""
-        if place.owners[0][1] == "composite" and callable(getattr(owner, "reset_parameters", None)):
-            scratch = _scratch(owner)
-            scratch.reset_parameters()
-            return scratch.weight.detach(), None if bias is None else scratch.bias.detach(), ""
-        values = place.weight.detach().float()
-        std = float(values.std() if values.numel() > 1 else values.abs())
-        return (
-            weight.normal_(0.0, std),
-            bias,
-            f"{place.site.name}: no initializer of its own; drew normal(0, {std:.3g})",
-        )
+    if init is not None:
+        init(weight)
+        if not bool(weight.isfinite().all()):
+            raise DrawError(
+                f"init= left values that are not finite in the weight of {place.site.name!r}: it must fill all of "
+                "the tensor it gets in place, as torch.nn.init.xavier_uniform_ does; what it returns is not used"
+            )
+        return weight, bias, ""
+    if place.owners[0][1] == "composite" and callable(getattr(owner, "reset_parameters", None)):
+        scratch = _scratch(owner)
+        scratch.reset_parameters()
+        return scratch.weight.detach(), None if bias is None else scratch.bias.detach(), ""
+    values = place.weight.detach().float()
+    std = float(values.std() if values.numel() > 1 else values.abs())
+    return weight.normal_(0.0, std), bias, f"{place.site.name}: no initializer of its own; drew normal(0, {std:.3g})"
+
+
+def _path_tensor(slots: Slots | None) -> Tensor | None:
+    """A fresh tensor of a path: as its module's own initializer makes it.
+
+    Without one, what it adds is zero, and by what it scales is the layer's mean.
+    """
+    if slots is None or not slots.is_renewed:
+        return None
+    if is_torch(slots.owner) and callable(getattr(slots.owner, "reset_parameters", None)):
+        scratch = _scratch(slots.owner)
+        scratch.reset_parameters()
+        return getattr(scratch, slots.attribute).detach()  # type: ignore[no-any-return]
+    fill = float(slots.tensor.detach().float().mean()) if slots.fresh is None else slots.fresh
+    return torch.full_like(slots.tensor, fill, requires_grad=False)
 
 
 def _scratch(module: nn.Module) -> Any:
@@ -97,13 +112,9 @@ def _scratch(module: nn.Module) -> Any:
     scratch: Any = object.__new__(original_class(module))
     scratch.__dict__.update(module.__dict__)
     parameters = {n: p if p is None else nn.Parameter(torch.empty_like(p)) for n, p in module._parameters.items()}
-    scratch.__dict__.update(_parameters=parameters, _modules={}, _buffers=dict(module._buffers))
+    buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    scratch.__dict__.update(_parameters=parameters, _modules={}, _buffers=buffers)
     return scratch
-
-
-def _slope(place: Place, parameter: nn.Parameter, rows: Tensor) -> Tensor:
-    """A PReLU slope starts at torch's default, 0.25; it is no random number."""
-    return torch.full((len(rows),), 0.25, dtype=parameter.dtype, device=parameter.device)
 
 
 @contextmanager

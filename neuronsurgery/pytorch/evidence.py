@@ -66,13 +66,16 @@ def check_source(evidence: Evidence, model: nn.Module) -> None:
 
 def row_norms(values: Tensor) -> Tensor:
     """2-norms of a weight's rows in float32 or better: (num_units, ...) -> (num_units,)."""
-    flat = values.detach().flatten(1)
+    flat = values.detach().reshape(len(values), -1)
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
     return norms
 
 
 def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {name: (row_norms(places[name].weight), row_norms(g)) for name, g in gradients.items()}
+    return {
+        name: (row_norms(places[name].rows(places[name].weight)), row_norms(places[name].rows(gradient)))
+        for name, gradient in gradients.items()
+    }
 
 
 def _record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
@@ -203,8 +206,8 @@ class SiteSink:
 
     def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock) -> None:
         self.name, self.evidence, self.clock = name, evidence, clock
-        self.unit_axis = place.product.unit_axis
-        self.offset = place.path.offset
+        self.place = place
+        self.offset = len(place.path.links)
 
     def record(self, h: Tensor) -> None:
         if not (self.clock.is_on and torch.is_grad_enabled() and h.requires_grad):
@@ -215,11 +218,19 @@ class SiteSink:
         )
 
     def add(self, values: Tensor, quantity: Quantity) -> None:
-        by_unit = values.abs().movedim(self.unit_axis, 0).reshape(values.shape[self.unit_axis], -1)
+        by_unit = _by_unit(self.place, values.abs())
         total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
         self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
+
+
+def _by_unit(place: Place, h: Tensor) -> Tensor:
+    """The activations of each unit, (num_units, num_samples)."""
+    path, axes = place.path, place.product.unit_axes
+    if not place.product.is_stacked:
+        axes = (path.axis(len(path.links), axes[0], h.dim()),)
+    return h.movedim(axes, tuple(range(len(axes)))).reshape(place.site.num_units, -1)
 
 
 # -- on batches of its own -------------------------------------------------------------------------------------------

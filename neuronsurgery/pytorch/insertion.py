@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -12,10 +13,11 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import produce
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.following import LinkUse
+from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, UnitFunction, is_coupling
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.taps import tap
 from neuronsurgery.pytorch.tracing import trace
-from neuronsurgery.pytorch.unitwise import UnitFunction
 from neuronsurgery.pytorch.uses import Use, find_uses
 
 __all__ = ["Rewrite", "insert_banks"]
@@ -42,7 +44,7 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
     guards: list[Guard] = []
     for use in find_uses(graph, scope):
         if use.producer in wanted:
-            if use.end is None:
+            if use.path is None:
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
             guards += _path_guards(use, scope)
             _insert(graph, use, wanted[use.producer])
@@ -51,29 +53,31 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
 
 def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
     """The modules from producer to activation are of the class they were, with the settings they had."""
-    node = use.node
-    while node is not use.end:
-        node = next(iter(node.users))
-        if node.op == "call_module":
-            path = str(node.target)
+    for link_use in use.links:
+        for path in link_use.modules:
             module = submodule(scope, path)
             yield Guard(path, (("class", None),), original_class(module))
-            if not isinstance(module, nn.Identity):
+            if isinstance(link_use.link, UnitFunction) and link_use.link.steps:
                 for guard in trace(module, "forward", default_call(module)).guards:
                     yield replace(guard, module=f"{path}.{guard.module}" if guard.module else path)
+            if isinstance(link_use.link, Norm):
+                yield Guard(path, (("attribute", "eps"),), link_use.link.eps)
 
 
 def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite) -> None:
     """Evaluate the bank beside its producer, and sum where the activation comes out; observe what consumers get."""
-    assert use.end is not None and use.path is not None
     h = use.end
-    z = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank)
+    rows = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank)
     if rewrite.bank is not None:
-        with graph.inserting_before(use.end):
+        with graph.inserting_after(rows):
             bank = graph.get_attr(rewrite.bank)
-        with graph.inserting_after(use.end):
-            h = graph.call_function(_combining(use.path.function), (bank, use.end, z))
-        use.end.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
+        for index, link_use in enumerate(use.links):
+            insert = _insert_coupling if is_coupling(link_use.link) else _insert_link
+            h, rows = insert(graph, bank, index, link_use, rows)
+        slots = h
+        with graph.inserting_after(slots):  # the last link is a function, which the rows have passed by then
+            h = graph.call_function(assemble, (bank, slots, rows))
+        slots.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
     if rewrite.tapped:
         with graph.inserting_after(h):
             parameter = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
@@ -82,22 +86,81 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite) -> None:
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
 
 
-def _combining(function: UnitFunction) -> Callable[[Composite, Tensor, Tensor], Tensor]:
-    """The sum into composite units by the function that this graph applies to the slots."""
-
-    def combine(bank: Composite, h: Tensor, z: Tensor) -> Tensor:
-        return bank.combine(h, z, function)
-
-    return combine
+def assemble(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
+    """The layer's activations with composites in place."""
+    return bank.assemble(slots, rows)
 
 
-def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None) -> fx.Node | None:
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+def _insert_link(graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Let the rows pass a link beside the slots: before these, as they may work in place on what the rows read too."""
+    link = use.link
+    live = link.live if isinstance(link, UnitFunction) else ()
+    is_after = isinstance(link, BatchNorm)  # whose module counts the batches
+    with graph.inserting_after(use.node) if is_after else graph.inserting_before(use.node):
+        module = graph.get_attr(use.module) if is_after else None
+    with graph.inserting_after(module) if module else graph.inserting_before(use.node):
+        others = [graph.get_attr(f"{use.module}.{name}") for name in live] + list(use.others)
+    with graph.inserting_after(module) if module else graph.inserting_before(use.node):
+        return use.node, graph.call_function(_passing(index, link), (bank, rows, others, module))
+
+
+def _passing(index: int, link: Link) -> Callable[[Composite, Tensor, Sequence[Any], nn.Module | None], Tensor]:
+    """The step of the rows past the link that this graph has."""
+
+    def passed(bank: Composite, rows: Tensor, others: Sequence[Any], module: nn.Module | None) -> Tensor:
+        return bank.passed(index, link, rows, others, module)
+
+    return passed
+
+
+def _insert_coupling(
+    graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """Let slots and rows pass a link together, around the operation that the slots alone would have passed."""
+    link: Any = use.link
+    slots = use.node.args[0]
+    assert isinstance(slots, fx.Node)
+    with graph.inserting_before(use.node):
+        received = graph.call_function(_entering(index, link), (bank, slots, rows))
+        own = [graph.get_attr(each.path) for each in use.own]
+    use.node.args = (received, *use.node.args[1:])
+    with graph.inserting_after(use.node):
+        pair = graph.call_function(_leaving(index, link), (bank, slots, rows, received, use.node, own))
+    with graph.inserting_after(pair):
+        passed = graph.call_function(operator.getitem, (pair, 0))
+    use.node.replace_all_uses_with(passed, delete_user_cb=lambda user: user is not pair)
+    with graph.inserting_after(passed):
+        return passed, graph.call_function(operator.getitem, (pair, 1))
+
+
+def _entering(index: int, link: Coupling) -> Callable[[Composite, Tensor, Tensor], Tensor]:
+    def entered(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
+        return bank.entered(index, link, slots, rows)
+
+    return entered
+
+
+def _leaving(index: int, link: Coupling) -> Callable[..., tuple[Tensor, Tensor]]:
+    def left(
+        bank: Composite, slots: Tensor, rows: Tensor, received: Tensor, result: Tensor, own: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return bank.left(index, link, slots, rows, received, result, own)
+
+    return left
+
+
+# -- producers -------------------------------------------------------------------------------------------------------
+
+
+def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None) -> fx.Node:
     """The frozen rows' pre-activations beside a functional call, before anything may change its input in place."""
     if bank is None:
-        return None
-    received = (*use.node.args, use.node.kwargs.get("input"))[0]
-    with graph.inserting_after(use.node):
-        return graph.call_module(bank, (received,))
+        return use.node
+    with graph.inserting_before(use.node):
+        return graph.call_module(bank, (use.call.received,))
 
 
 def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:

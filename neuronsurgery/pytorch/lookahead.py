@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.mirroring import original_class, submodule
-from neuronsurgery.pytorch.recognition import canonical_name, function_of_module
+from neuronsurgery.pytorch.recognition import canonical_name, function_of_module, is_metadata
 
 __all__ = ["Lookahead", "is_shielded_by_autograd"]
 
@@ -34,7 +34,6 @@ PARTLY_DEFINED = frozenset("sqrt rsqrt log log2 log10 log1p logit acosh reciproc
 PRODUCTS = frozenset(
     "mul imul multiply div truediv divide matmul mm addmm bmm baddbmm linear einsum conv1d conv2d conv3d".split()
 )
-METADATA = frozenset("size dim shape numel getattr stride is_floating_point ndimension device dtype type".split())
 PASSING_MODULES = (
     nn.Identity,
     nn.Flatten,
@@ -98,7 +97,7 @@ class Lookahead:
         if user.op == "call_module":
             return self._module(scope, node, user)
         name = canonical_name(user)
-        if name in METADATA and not (name == "getattr" and user.args[1] in ("T", "mT", "data", "grad")):
+        if is_metadata(user):
             return None
         if name in MIXING and _weight_is_parameter(user, node):
             return None

@@ -107,8 +107,8 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
             )
         if len(set(units)) != len(units) or not all(0 <= unit < place.site.num_units for unit in units):
             raise PlanError(f"units {list(units)} of {name!r} must be distinct and below {place.site.num_units}")
-        for parameter in (place.weight, place.bias):
-            if parameter is not None and not bool(parameter.detach().isfinite().all()):
+        for slots in place.slots:
+            if slots is not None and not bool(slots.tensor.detach().isfinite().all()):
                 raise ModelError(
                     f"the weights of {name!r} are not finite (NaN or infinity); restore the model from a checkpoint, "
                     "a composite unit would keep the NaN for good"
@@ -132,18 +132,15 @@ def graft(
     place: Place, units: Sequence[int], operation: int, optimizers: Optimizers, init: Init | None, seed: int
 ) -> Graft:
     """Prepare an operation on one site: nothing is changed yet."""
-    rows = torch.tensor(units, dtype=torch.long, device=place.weight.device)
-    fresh, note = draw(place, rows, init, seed)
-    bank = _extended_bank(place, rows, fresh, operation, _births(place, optimizers))
+    chosen = torch.tensor(units, dtype=torch.long, device=place.weight.device)
+    fresh, drawing_notes = draw(place, chosen, init, seed)
+    bank = _extended_bank(place, chosen, fresh, operation, _births(place, optimizers))
     bank.train(place.owners[0][0].training)
-    error = check_composite(place, _renewed_slots(place, rows, fresh), bank)
-    changes = [
-        *_slot_changes(place, rows, fresh, optimizers),
-        *_bank_changes(place, bank),
-    ]
-    notes = [note] if note else []
-    for parameter in place.renewed:
-        if parameter is not None:
+    error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
+    changes = [*_slot_changes(place, chosen, fresh, optimizers), *_bank_changes(place, bank)]
+    notes = list(drawing_notes)
+    for slots in place.renewed:
+        if slots is not None and (parameter := slots.parameter) is not None:
             changes += optimizer_state.start_clocks(optimizers, parameter)
             notes += optimizer_state.notes(optimizers, parameter)
     return Graft(place, changes, error, notes)
@@ -151,59 +148,59 @@ def graft(
 
 def _births(place: Place, optimizers: Optimizers) -> list[int]:
     """The optimizer step of each of the place's parameters now; -1 where no optimizer owns it."""
-    steps = [None if p is None else optimizer_state.birth_step(optimizers, p) for p in place.renewed]
+    parameters = [slots and slots.parameter for slots in place.renewed]
+    steps = [None if p is None else optimizer_state.birth_step(optimizers, p) for p in parameters]
     return [-1 if step is None else step for step in steps]
 
 
 def _extended_bank(
-    place: Place, rows: Tensor, fresh: Sequence[Tensor | None], operation: int, births: list[int]
+    place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: int, births: list[int]
 ) -> Composite:
     """A bank with a knowledge and a compensation row for each unit appended."""
     old = place.bank
     structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
-        rows.tolist(), operation, [births] * len(rows)
+        units.tolist(), operation, [births] * len(units)
     )
     values: list[Tensor | None] = []
-    slots = (place.weight, place.bias, *place.slopes)
-    for name, slot, drawn in zip(frozen_names(place.path), slots, fresh, strict=True):
-        if slot is None:
+    for name, slots, drawn in zip(frozen_names(place.path), place.slots, fresh, strict=True):
+        if slots is None:
             values.append(None)
             continue
-        knowledge = _slot_rows(slot, rows)
+        knowledge = slots.take(units)
         compensation = knowledge if drawn is None else drawn
         frozen = [] if old is None else [old.live(name)]
         values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
     return Composite(place.product, place.path, place.site.num_units, structure, values)
 
 
-def _slot_rows(slot: Tensor, rows: Tensor) -> Tensor:
-    """The units' rows of a parameter; of one shared by all units, that one value for each."""
-    slot = slot.detach()
-    return slot.index_select(0, rows) if slot.dim() > 1 or slot.numel() > 1 else slot.reshape(1).expand(len(rows))
-
-
-def _renewed_slots(place: Place, rows: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
-    slots = [None if p is None else p.detach() for p in (place.weight, place.bias, *place.slopes)]
+def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """All units' rows of each of the slots, as they will be."""
+    rows = [slots and slots.rows() for slots in place.slots]
     return [
-        slot if slot is None or drawn is None else slot.index_copy(0, rows, drawn.to(slot))
-        for slot, drawn in zip(slots, fresh, strict=True)
+        old if old is None or drawn is None else old.index_copy(0, units, drawn.to(old))
+        for old, drawn in zip(rows, fresh, strict=True)
     ]
 
 
 def _slot_changes(
-    place: Place, rows: Tensor, values: Sequence[Tensor | None], optimizers: Optimizers
+    place: Place, units: Tensor, values: Sequence[Tensor | None], optimizers: Optimizers
 ) -> Iterator[Change]:
     """Write new rows into the slots: their gradients become zero, their optimizer state a fresh row's."""
-    for parameter, drawn in zip(place.renewed, values, strict=True):
-        if parameter is None or drawn is None:
+    for slots, drawn in zip(place.slots, values, strict=True):
+        if slots is None or slots.axes is None or drawn is None:
             continue
-        yield WriteRows(parameter, rows, drawn)
+        axes = slots.axes
+        shaped = drawn.reshape(len(units), *axes.view(slots.tensor).shape[len(axes.axes) :])
+        yield WriteRows(slots.tensor, units, shaped, axes)
+        parameter = slots.parameter
+        if parameter is None:
+            continue
         if parameter.grad is not None:
-            yield WriteRows(parameter.grad, rows, torch.zeros_like(drawn))
-        yield from optimizer_state.refresh(optimizers, parameter, rows)
+            yield WriteRows(parameter.grad, units, torch.zeros_like(shaped), axes)
+        yield from optimizer_state.refresh(optimizers, parameter, units, axes)
         step = optimizer_state.current_step(optimizers, parameter)
         if step is not None:
-            yield from optimizer_state.births(optimizers, parameter, rows, [step] * len(rows))
+            yield from optimizer_state.births(optimizers, parameter, units, [step] * len(units), axes)
 
 
 def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
@@ -231,7 +228,7 @@ def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn
     if not optimizers and grafts:
         yield "no optimizer was given: rows keep the old units' optimizer state, and no cooldown can be counted"
     elif grafts:
-        operated = {id(p) for each in grafts for p in each.place.renewed if p is not None}
+        operated = {id(slots.tensor) for each in grafts for slots in each.place.renewed if slots is not None}
         renewed = {name: p for name, p in parameters.items() if id(p) in operated}
         if names := optimizer_state.unowned(optimizers, renewed):
             yield f"no optimizer owns {', '.join(names)}: their active members will not train"
@@ -305,14 +302,14 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
     assert bank is not None
     mask = bank.rows.of_operation(operation)
     knowledge = np.flatnonzero(mask & (bank.rows.sign > 0))
-    rows = torch.from_numpy(bank.rows.unit[knowledge].copy()).to(place.weight.device)
+    units = torch.from_numpy(bank.rows.unit[knowledge].copy()).to(place.weight.device)
     index = torch.from_numpy(knowledge).to(place.weight.device)
     live = [bank.live(name) for name in bank.buffer_names()]
     old = [
-        None if value is None or parameter is None else value.index_select(0, index)
-        for value, parameter in zip(live, place.renewed, strict=True)
+        None if value is None or slots is None or not slots.is_own else value.index_select(0, index)
+        for value, slots in zip(live, place.slots, strict=True)
     ]
-    yield from _slot_changes(place, rows, old, optimizers)
+    yield from _slot_changes(place, units, old, optimizers)
     kept = bank.rows.kept(~mask)
     if len(kept) == 0:
         for owner, name in place.owners:

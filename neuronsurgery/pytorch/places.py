@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from neuronsurgery.pytorch.composites import Composite, Product, UnitPath
-from neuronsurgery.pytorch.mirroring import original_class
+from neuronsurgery.pytorch.composites import Composite, UnitPath
+from neuronsurgery.pytorch.links import is_statistic
+from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.producers import is_producer
+from neuronsurgery.pytorch.products import Product
 from neuronsurgery.pytorch.reading import Reading, modules_of
-from neuronsurgery.pytorch.uses import PRODUCERS, Use, parameters_of
+from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+from neuronsurgery.pytorch.uses import Use
 from neuronsurgery.sites import Site
 
-__all__ = ["Home", "Place", "bank_name", "banks_at", "owners_of", "place_of", "with_own_slopes"]
+__all__ = ["Home", "Place", "Slots", "bank_name", "banks_at", "owners_of", "place_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,51 @@ class Home:
     method: str
     inline: frozenset[str]
     producer: str  # the producer's path in the scope
-    offset: int  # how many calls it takes from there to the activation, the last of them
+    modules: tuple[str, ...]  # the paths of the modules that are its links, "" for a function
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The slots of a site in one tensor, a parameter or running statistics.
+
+    `axes` is None for one value that all units share. `fresh` is what a fresh one holds where no initializer of its
+    owner says so; None: the layer's mean. `is_own`: nothing else reads it, so that an operation renews the
+    rows of its units.
+    """
+
+    tensor: Tensor
+    owner: nn.Module
+    attribute: str
+    axes: UnitAxes | None = ROWS
+    fresh: float | None = None
+    is_own: bool = True
+
+    @property
+    def is_renewed(self) -> bool:
+        """Whether an operation writes fresh values; running statistics stay, as the design asks."""
+        return self.is_own and self.axes is not None and not is_statistic(self.attribute)
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter whose rows an operation renews, None for any other tensor."""
+        return self.tensor if self.is_renewed and isinstance(self.tensor, nn.Parameter) else None
+
+    def take(self, units: Tensor) -> Tensor:
+        """The units' rows, (num_units, *row_shape); of a value that all share, that value for each."""
+        if self.axes is None:
+            return self.tensor.detach().reshape(1).expand(len(units))
+        return _flat(self.axes.take(self.tensor.detach(), units))
+
+    def rows(self) -> Tensor:
+        """All units' rows, or the one value that they share, (1,)."""
+        if self.axes is None:
+            return self.tensor.detach().reshape(1)
+        return _flat(self.axes.rows(self.tensor.detach()))
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """One value a unit is a vector, whatever axes of size 1 the tensor has."""
+    return rows.reshape(len(rows)) if rows.numel() == len(rows) else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +82,9 @@ class Place:
 
     site: Site
     weight: nn.Parameter
-    bias: nn.Parameter | None
     product: Product
     path: UnitPath
-    slopes: tuple[nn.Parameter, ...]  # the path's own parameters
-    own_slopes: tuple[bool, ...]  # one value a unit, and read by this site alone: renewed with the slot
+    slots: tuple[Slots | None, ...]  # weight, bias, and the path's own tensors; None where there is no bias
     owners: tuple[tuple[nn.Module, str], ...]  # where the bank hangs: every module that owns the weight, and the name
     homes: tuple[Home, ...]
 
@@ -51,10 +96,13 @@ class Place:
         return bank if isinstance(bank, Composite) else None
 
     @property
-    def renewed(self) -> tuple[nn.Parameter | None, ...]:
-        """The parameters whose slot rows an operation renews: weight, bias, slopes; None where there is none."""
-        slopes = (p if own else None for p, own in zip(self.slopes, self.own_slopes, strict=True))
-        return (self.weight, self.bias, *slopes)
+    def renewed(self) -> tuple[Slots | None, ...]:
+        """The slots that an operation renews; None where there are none."""
+        return tuple(slots if slots is not None and slots.is_renewed else None for slots in self.slots)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """All units' rows of the weight or a tensor of its shape, (num_units, *row_shape)."""
+        return self.product.axes.rows(tensor.detach())
 
 
 def place_of(
@@ -62,36 +110,46 @@ def place_of(
     weight: nn.Parameter,
     owners: list[tuple[nn.Module, str]],
     entries: list[tuple[Reading, str, Use]],
+    is_own: Callable[[Tensor, nn.Module], bool],
 ) -> Place:
-    """The place of a weight whose uses agree: the first Sequential among them says how far the activation is."""
+    """The place of a weight whose uses agree: the first Sequential among them says which modules the path passes."""
     homes = [
-        Home(r.scope, r.name, method, r.inline, use.producer, use.path.offset) for r, method, use in entries if use.path
+        Home(r.scope, r.name, method, r.inline, use.producer, tuple(link.module for link in use.links))
+        for r, method, use in entries
     ]
     reading, _, use = next((e for e in entries if e[0].is_sequential), entries[0])
-    assert use.path is not None and use.product is not None
+    assert use.path is not None
     at = banks_at(owners)
     bank = at[0][0]._modules.get(at[0][1])
     site = Site(
         name=name,
         scope=homes[0].scope_name,
         producer=original_class(owners[0][0]).__name__ if at[0][1] == "composite" else use.product.kind,
-        activation_fn=use.path.function.name,
-        num_units=weight.shape[0],
+        activation_fn=use.path.name,
+        num_units=use.product.axes.num_units(weight.shape),
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
     )
-    slopes = parameters_of(use, reading.scope)
-    unique = {(id(h.scope), h.method, h.producer): h for h in homes}
-    return Place(
-        site,
-        weight,
-        use.bias,
-        use.product,
-        replace(use.path, per_unit=any(slope.numel() > 1 for slope in slopes)),
-        slopes,
-        (False,) * len(slopes),
-        at,
-        tuple(unique.values()),
+    slots = (
+        Slots(weight, *owners[0], use.product.axes),
+        _bias_slots(use, owners[0][0]),
+        *(Slots(own.tensor, *_owner(reading.scope, own.path), own.axes, own.fresh) for own in use.own),
     )
+    slots = (slots[0], *(each and replace(each, is_own=is_own(each.tensor, each.owner)) for each in slots[1:]))
+    unique = {(id(h.scope), h.method, h.producer): h for h in homes}
+    return Place(site, weight, use.product, use.path, slots, at, tuple(unique.values()))
+
+
+def _bias_slots(use: Use, owner: nn.Module) -> Slots | None:
+    bias = use.call.bias
+    if bias is None:
+        return None
+    attribute = next((name for name, parameter in owner._parameters.items() if parameter is bias), "")
+    return Slots(bias, owner, attribute, use.call.bias_axes)
+
+
+def _owner(scope: nn.Module, path: str) -> tuple[nn.Module, str]:
+    owner, _, attribute = path.rpartition(".")
+    return submodule(scope, owner), attribute
 
 
 def banks_at(owners: list[tuple[nn.Module, str]]) -> tuple[tuple[nn.Module, str], ...]:
@@ -101,25 +159,12 @@ def banks_at(owners: list[tuple[nn.Module, str]]) -> tuple[tuple[nn.Module, str]
 
 def bank_name(owner: nn.Module, attribute: str) -> str:
     """The name of the bank among the children of the module that owns the weight."""
-    return "composite" if original_class(owner).forward in PRODUCERS else f"{attribute}_composite"
+    return "composite" if is_producer(owner) else f"{attribute}_composite"
 
 
-def owners_of(model: nn.Module, weight: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:
+def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str]]:
     """Every module that owns the parameter, and under which name."""
     for _, module in modules_of(model):
-        for name, parameter in module._parameters.items():
-            if parameter is weight:
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is weight:
                 yield module, name
-
-
-def with_own_slopes(places: dict[str, Place]) -> dict[str, Place]:
-    """Path parameters belong to a slot only if they have a value per unit and no other site reads them."""
-    readers: dict[int, int] = defaultdict(int)
-    for place in places.values():
-        for slope in place.slopes:
-            readers[id(slope)] += 1
-
-    def own(place: Place) -> tuple[bool, ...]:
-        return tuple(p.numel() == place.site.num_units > 1 and readers[id(p)] == 1 for p in place.slopes)
-
-    return {name: replace(place, own_slopes=own(place)) for name, place in places.items()}

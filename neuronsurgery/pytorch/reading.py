@@ -13,11 +13,11 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import original_class
+from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
 from neuronsurgery.pytorch.tracing import Trace, trace
-from neuronsurgery.pytorch.uses import PRODUCERS
 
-__all__ = ["CONTAINERS", "Reading", "is_torch", "modules_of", "read", "scopes_of", "targets_of"]
+__all__ = ["CONTAINERS", "Reading", "is_scope", "is_torch", "modules_of", "read", "scopes_of", "targets_of"]
 
 
 @dataclass(eq=False)
@@ -52,11 +52,14 @@ def is_torch(module: nn.Module) -> bool:
 
 def scopes_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules with a forward of their own: the user's, and Sequentials."""
-    for name, module in modules_of(model):
-        forward = getattr(original_class(module), "forward", None)
-        is_defined = forward is not None and forward is not nn.Module.forward and forward not in PRODUCERS
-        if is_defined and (not is_torch(module) or forward is nn.Sequential.forward):
-            yield name, module
+    return ((name, module) for name, module in modules_of(model) if is_scope(module))
+
+
+def is_scope(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own, which calls children or functions."""
+    forward: Any = getattr(original_class(module), "forward", None)
+    is_defined = forward is not None and forward is not nn.Module.forward and not is_producer(module)
+    return is_defined and (not is_torch(module) or forward is nn.Sequential.forward)
 
 
 def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> Reading:
@@ -101,7 +104,7 @@ def _may_be_traced(scope: nn.Module, function: Any) -> bool:
     if code is None or reads is None or _SIDE_EFFECTS & set(code.co_names) or code.co_argcount < 2:
         return False
     return any(
-        isinstance(target, nn.Module) and read.is_call and original_class(target).forward in PRODUCERS
+        isinstance(target, nn.Module) and read.is_call and is_producer(target)
         for read, target in targets_of(scope, reads)
     )
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from neuronsurgery.pytorch.carrying import Role
 from neuronsurgery.pytorch.insertion import Rewrite
-from neuronsurgery.pytorch.mirroring import child_names, original_class, submodule
+from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, bank_name
 from neuronsurgery.pytorch.programs import Program, rewritten_class
 from neuronsurgery.pytorch.sites import Discovery
@@ -59,12 +59,10 @@ def children_roles(homes: Mapping[nn.Module, Sequence[tuple[Home, Rewrite]]]) ->
     """In a Sequential, the producers and what stands between them and their consumers take the rows on themselves."""
     for scope, found in homes.items():
         if is_sequential(scope):
-            names = list(child_names(scope))
             for home, _ in found:
                 if home.method == "forward":
-                    first = names.index(home.producer)
-                    yield submodule(scope, names[first]), Role.PRODUCER
-                    for name in names[first + 1 : first + 1 + home.offset]:
+                    yield submodule(scope, home.producer), Role.PRODUCER
+                    for name in home.modules:
                         yield submodule(scope, name), Role.PATH
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import SiteError, near_names
 from neuronsurgery.pytorch.models import check_model, unwrap
-from neuronsurgery.pytorch.places import Place, with_own_slopes
+from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.survey import Survey
 from neuronsurgery.sites import Sites
 
@@ -47,7 +47,7 @@ def discover(model: nn.Module, *, include: Collection[str] = (), outputs: Sequen
     for name in include:
         if name not in places and name not in declined:
             raise SiteError(f"no producer is named {name!r}: {near_names(name, [*places, *declined])}")
-    return Discovery(model, with_own_slopes(survey.without_needless_inlining(places)), declined)
+    return Discovery(model, survey.without_needless_inlining(places), declined)
 
 
 @dataclass(frozen=True, eq=False)

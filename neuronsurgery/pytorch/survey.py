@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,10 +15,20 @@ from neuronsurgery.pytorch.hooks import has_hooks
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
-from neuronsurgery.pytorch.reading import CONTAINERS, Reading, is_torch, modules_of, read, scopes_of, targets_of
+from neuronsurgery.pytorch.producers import is_producer
+from neuronsurgery.pytorch.reading import (
+    CONTAINERS,
+    Reading,
+    is_scope,
+    is_torch,
+    modules_of,
+    read,
+    scopes_of,
+    targets_of,
+)
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
 from neuronsurgery.pytorch.unitwise import Kind
-from neuronsurgery.pytorch.uses import PRODUCERS, Use, find_uses, get_attr_reads, parameters_of
+from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
 
 __all__ = ["Survey"]
 
@@ -41,6 +52,12 @@ class Survey:
         for entry in self.uses:
             self.by_weight[id(entry[2].weight)].append(entry)
         self.callers = self.find_callers()
+        self.reads: dict[int, list[tuple[Reading, fx.Node]]] = defaultdict(list)
+        for reading in self.readings.values():
+            for _, traced in reading.traces:
+                for node, tensor in get_attr_reads(traced.graph, reading.scope):
+                    self.reads[id(tensor)].append((reading, node))
+        self.joined: dict[int, str] = {}  # id of an activation's node -> the site whose units come out there
         self.lookahead = Lookahead(
             {key: (r.scope, [t.graph for _, t in r.traces]) for key, r in self.readings.items() if r.traces},
             self.callers,
@@ -72,7 +89,7 @@ class Survey:
         inner = self.readings.get(id(child))
         if inner is None or has_hooks(child) or len(node.users) != 1:
             return False
-        is_open = any(use.is_open for _, t in inner.traces for use in find_uses(t.graph, inner.scope))
+        is_open = any(use.followed.is_open for _, t in inner.traces for use in find_uses(t.graph, inner.scope))
         return is_open and next(iter(node.users)).op != "output"
 
     def find_callers(self) -> dict[int, list[tuple[nn.Module, fx.Node]]]:
@@ -138,7 +155,7 @@ class Survey:
         seen: set[int] = set()
         for name, module in modules_of(self.model):
             weight = module._parameters.get("weight")
-            if original_class(module).forward in PRODUCERS and weight is not None and id(weight) not in seen:
+            if is_producer(module) and weight is not None and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, weight
         for name, parameter in self.model.named_parameters():
@@ -159,12 +176,18 @@ class Survey:
             or self.other_way_in(weight, owners, entries)
             or self.relied_on(name, weight, owners, entries)
         )
-        return reason or place_of(name, weight, owners, entries)
+        if reason:
+            return reason
+        ends = {id(use.end) for _, _, use in entries}
+        for other in (self.joined[end] for end in ends if end in self.joined):
+            return f"its units are those of '{other}', whose pre-activations it joins before the activation function"
+        self.joined |= dict.fromkeys(ends, name)
+        return place_of(name, weight, owners, entries, functools.partial(self.is_own, weight))
 
     def is_superseded(self, entry: tuple[Reading, str, Use]) -> bool:
         """A pre-activation returned by a scope that all its callers inline: the site is the callers'."""
         reading, _, use = entry
-        if not use.is_open:
+        if not use.followed.is_open:
             return False
         calls = self.callers.get(id(reading.scope), [])
         inlined = any(
@@ -194,18 +217,29 @@ class Survey:
         """A weight that is read otherwise too, as a tied decoder does, is no row-wise thing."""
         own = {id(use.node) for _, _, use in self.by_weight[id(weight)]}
         for owner, attribute in owners:
-            is_producer = original_class(owner).forward in PRODUCERS
-            if attribute != "weight" and is_producer:
+            produces = is_producer(owner)
+            if attribute != "weight" and produces:
                 return f"its weight is also the {attribute} of '{self.names[id(owner)]}'"
-            if not is_producer and is_torch(owner) and not isinstance(owner, CONTAINERS):
+            if not produces and is_torch(owner) and not isinstance(owner, CONTAINERS):
                 return f"its weight is also read by '{self.names[id(owner)]}', a {original_class(owner).__name__}"
-        for reading in self.readings.values():
-            for _, traced in reading.traces:
-                for node, tensor in get_attr_reads(traced.graph, reading.scope):
-                    users = [user for user in node.users if id(user) not in own or user.args[1:2] != (node,)]
-                    if tensor is weight and (weighty := _beyond_metadata(users)):
-                        return f"its weight is also read by '{weighty}' in {original_class(reading.scope).__name__}"
+        for reading, node in self.reads[id(weight)]:
+            users = [user for user in node.users if id(user) not in own or _times_read(user, node) > 1]
+            if weighty := _beyond_metadata(users):
+                return f"its weight is also read by '{weighty}' in {original_class(reading.scope).__name__}"
         return ""
+
+    def is_own(self, weight: nn.Parameter, tensor: Tensor, owner: nn.Module) -> bool:
+        """Whether nothing but the site of a weight reads a tensor: its bias, or one that its path passes."""
+        uses = [use for _, _, use in self.by_weight[id(weight)]]
+        nodes = {id(node) for use in uses for node in (use.node, *(n for link in use.links for n in link.nodes))}
+        producers = {id(module) for module, _ in owners_of(self.model, weight)}
+        holders = {id(module) for module, _ in owners_of(self.model, tensor)} - producers
+        if not holders <= {id(owner)}:
+            return False
+        readers = [user for _, node in self.reads[id(tensor)] for user in node.users]
+        if holders and not is_scope(owner):
+            readers += [call for _, call in self.callers.get(id(owner), ())]
+        return all(id(reader) in nodes for reader in readers)
 
     def other_way_in(
         self,
@@ -243,12 +277,12 @@ class Survey:
         if name in self.include or any(isinstance(o._modules.get(b), Composite) for o, b in banks_at(owners)):
             return ""
         for reading, _, use in entries:
-            assert use.path is not None and use.end is not None
-            needs_proof = use.path.function.kind is Kind.RANGE_BEARING
+            assert use.path is not None
+            needs_proof = use.path.kind is Kind.RANGE_BEARING
             reason = self.lookahead.why_not(reading.scope, use.end, needs_proof=needs_proof)
             if reason and not is_shielded_by_autograd(self.outputs, weight):
                 return (
-                    f"range-bearing: the range of '{use.path.function.name}' may carry meaning, and {reason}. If no "
+                    f"range-bearing: the range of '{use.path.name}' may carry meaning, and {reason}. If no "
                     f'one relies on it, name the site: sites=["{name}"]'
                 )
         return ""
@@ -282,22 +316,27 @@ def _unfit(weight: nn.Parameter) -> str:
 def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
     """All the places that use a weight must use it in the same way, so that one bank serves them."""
     first_reading, _, first = entries[0]
-    slopes = parameters_of(first, first_reading.scope)
-    bias = first.bias
-    if bias is not None and (bias.shape != first.weight.shape[:1] or not bias.requires_grad):
-        return "its bias is frozen, or not one number per unit"
+    bias = first.call.bias
+    if bias is not None and not bias.requires_grad:
+        return "its bias is frozen"
     for reading, method, use in entries[1:]:
         place = f"{original_class(reading.scope).__name__}.{method}"
-        if use.bias is not first.bias:
+        if use.call.bias is not bias:
             return f"its weight is used with another bias in {place}"
         assert use.path is not None and first.path is not None
-        if use.product != first.product or use.path.function != first.path.function:
+        if use.product != first.product or use.path.links != first.path.links:
             return f"it passes another activation function in {place}"
-        if any(a is not b for a, b in zip(parameters_of(use, reading.scope), slopes, strict=True)):
+        if any(a.tensor is not b.tensor for a, b in zip(use.own, first.own, strict=True)):
             return f"it passes an activation function with other parameters in {place}"
         if reading.is_sequential and first_reading.is_sequential and use.path != first.path:
-            return f"it stands at another distance from its activation function in {place}"
+            return f"it passes another activation function in {place}"
     return ""
+
+
+def _times_read(user: fx.Node, node: fx.Node) -> int:
+    found: list[fx.Node] = []
+    fx.map_arg((user.args, user.kwargs), lambda argument: found.append(argument))
+    return sum(argument is node for argument in found)
 
 
 def _beyond_metadata(users: list[fx.Node]) -> str:
@@ -330,8 +369,8 @@ def _never_a_site(module: nn.Module) -> str:
         return "scripted"
     if "quantized" in original_class(module).__module__:
         return f"quantized ({label})"
-    if original_class(module).forward in PRODUCERS and "weight" not in module._parameters:
+    if is_producer(module) and "weight" not in module._parameters:
         return "its weight is computed (a parametrization, weight norm, spectral norm or pruning)"
-    if isinstance(module, MIXING_MODULES) and original_class(module).forward not in PRODUCERS:
+    if isinstance(module, MIXING_MODULES) and not is_producer(module):
         return f"a producer of type {label} is not supported yet"
     return ""

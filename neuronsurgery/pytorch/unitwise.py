@@ -1,6 +1,6 @@
-"""Functions of one unit's pre-activation, as plain data: what stands between a producer and its consumers.
+"""Functions of one unit's pre-activation, as plain data: the operations that act on each unit alone.
 
-A bank keeps the function of its site as a tuple of steps, each naming a function of torch, so that it can be pickled,
+A bank keeps what its site's units pass as tuples of steps, each naming a function of torch, so that it can be pickled,
 copied and evaluated on any rows.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IDENTITY", "Kind", "PerUnit", "Step", "UnitFunction", "Earlier", "qualified_name", "resolve"]
+__all__ = ["Earlier", "Kind", "Other", "PerUnit", "Step", "along", "evaluate", "qualified_name", "resolve"]
 
 
 class Kind(enum.Enum):
@@ -29,14 +29,21 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Earlier:
-    """A reference within steps: the value of an earlier step, 0 being the pre-activation."""
+    """A reference within steps: the value of an earlier step, 0 being what enters."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class PerUnit:
-    """A reference within steps: a parameter of the path, of which every frozen row keeps its own copy."""
+    """A reference within steps: a tensor of the path, of which every frozen row keeps its own copy."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Other:
+    """A reference within steps: a tensor from elsewhere; a frozen row takes its unit's part of it."""
 
     index: int
 
@@ -50,31 +57,37 @@ class Step:
     kwargs: tuple[tuple[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class UnitFunction:
-    """A function of one unit's pre-activation: its steps, its name, and the path parameters it reads."""
+def evaluate(steps: Sequence[Step], z: Tensor, values: Sequence[Tensor], others: Sequence[Any], axis: int) -> Tensor:
+    """The last step's result: z with its units on `axis`, `values` (num_units,) or (1,) each, others to broadcast."""
+    results = [z]
 
-    steps: tuple[Step, ...]
-    name: str
-    kind: Kind
-    parameters: tuple[str, ...] = ()
+    def value(argument: Any) -> Any:
+        if isinstance(argument, Earlier):
+            return results[argument.index]
+        if isinstance(argument, PerUnit):
+            return along(values[argument.index], axis)
+        return others[argument.index] if isinstance(argument, Other) else argument
 
-    def after(self, first: UnitFunction) -> UnitFunction:
-        """The composition: first the other function, then this one."""
-        shift, parameters = len(first.steps), len(first.parameters)
-
-        def moved(value: Any) -> Any:
-            if isinstance(value, Earlier):
-                return Earlier(value.index + shift)
-            return PerUnit(value.index + parameters) if isinstance(value, PerUnit) else value
-
-        steps = tuple(
-            Step(s.function, tuple(map(moved, s.args)), tuple((k, moved(v)) for k, v in s.kwargs)) for s in self.steps
-        )
-        return UnitFunction(first.steps + steps, self.name, self.kind, first.parameters + self.parameters)
+    for step in steps:
+        args = [value(argument) for argument in step.args]
+        if step.function.endswith(".prelu"):  # torch's own takes the slopes along axis 1 only
+            results.append(torch.where(args[0] > 0, args[0], args[1].to(args[0].dtype) * args[0]))
+        else:
+            results.append(resolve(step.function)(*args, **{key: value(entry) for key, entry in step.kwargs}))
+    return results[-1]
 
 
-IDENTITY = UnitFunction((), "identity", Kind.NEUTRAL)
+def along(values: Tensor, axis: int) -> Tensor:
+    """Values by unit, (num_units, *rest), shaped to broadcast where the units are on `axis` (negative).
+
+    Example:
+        >>> along(torch.zeros(5), -3).shape, along(torch.zeros(5, 4), -1).shape
+        (torch.Size([5, 1, 1]), torch.Size([4, 5]))
+    """
+    if values.dim() > 1:
+        return values.movedim(0, axis)
+    return values.reshape(-1, *([1] * (-axis - 1)))
+
 
 _NAMESPACES = {
     "torch.nn.functional": F,
@@ -99,9 +112,11 @@ def resolve(function: str) -> Callable[..., Any]:
 def qualified_name(target: Any, name: str, is_method: bool) -> str | None:
     """The one name by which a function of torch goes here, however it was called; None for any other function.
 
-    `torch.relu(z)`, `F.relu_(z)` and `z.relu()` are all "torch.nn.functional.relu".
+    `torch.relu(z)`, `F.relu_(z)` and `z.relu()` are all "torch.nn.functional.relu"; `z += 1` is "operator.add".
     """
     found = [label for label, namespace in _NAMESPACES.items() if callable(getattr(namespace, name, None))]
+    if getattr(operator, f"i{name}", None) is target:
+        return f"operator.{name}"
     is_torch = any(
         target in (getattr(_NAMESPACES[label], name), getattr(_NAMESPACES[label], f"{name}_", None)) for label in found
     )
