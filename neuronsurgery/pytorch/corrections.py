@@ -92,8 +92,8 @@ class Young:
         return Young.of(parameter, self.rows[stays], self.births[stays], latest, self.axes)
 
     def select(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor of the parameter's shape, (*shape, *row_shape), to be read only."""
-        view = self.axes.view(tensor.detach())
+        """The rows of a tensor of the parameter's shape, (*shape, *row_shape), to be read only and under `no_grad`."""
+        view = self.axes.view(tensor)
         if self.is_all:
             return view
         return view.index_select(0, self.rows) if len(self.index) == 1 else view[self.index]
