@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
+from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.fresh_state import Group, own_step
 from neuronsurgery.pytorch.step_hooks import install
 from neuronsurgery.pytorch.transaction import Change
+from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
 __all__ = ["CORRECTIONS", "Corrections", "Family", "Young", "family_of", "register"]
 
@@ -55,39 +57,60 @@ def family_of(optimizer: Optimizer) -> Family | None:
 class Young:
     """The young rows of one parameter, on its device; `weights` and `step` are as they were before the step.
 
-    `rows`: (r,) int64, ascending; `births`: (r,) float, NaN for a row to be forgotten, none after `latest`;
-    `host_births`: the same as numbers of the host, just one where all rows have the same; `is_all`: these are all rows
-    of the parameter; `weights`: (r, ...); `step`: 0-d when it lives on the device.
+    `rows`: (r,) int64, ascending, units under `axes`; `index`: the same as `axes.index` has it; `births`: (r,) float,
+    NaN for a row to be forgotten, none after `latest`; `host_births`: the same as numbers of the host, just one where
+    all rows have the same; `shape`: (r,), or what `axes.unit_shape` says where these are all rows of the parameter
+    (`is_all`), so that they are seen in place; `weights`: (*shape, *row_shape); `step`: 0-d when on the device.
     """
 
     rows: Tensor
+    axes: UnitAxes
+    index: tuple[Tensor, ...]
     births: Tensor
     latest: float
     host_births: float | NDArray[np.float64]
     is_all: bool
+    shape: tuple[int, ...]
     weights: Tensor | None = None
     step: float | Tensor | None = None
 
     @staticmethod
-    def of(parameter: Tensor, rows: Tensor, births: Tensor, latest: float) -> Young:
+    def of(parameter: Tensor, rows: Tensor, births: Tensor, latest: float, axes: UnitAxes) -> Young:
         """Those that are young, born after 0 and not forgotten; it waits for the device."""
         is_young = births > 0
         rows, order = rows[is_young].sort()
         births = births[is_young][order]
         on_host = births.cpu().numpy().astype(np.float64)
         is_common = len(on_host) > 0 and bool((on_host == on_host[0]).all())
-        return Young(rows, births, latest, float(on_host[0]) if is_common else on_host, len(rows) == parameter.shape[0])
+        host_births = float(on_host[0]) if is_common else on_host
+        is_all = len(rows) == axes.num_units(parameter.shape)
+        shape = axes.unit_shape(parameter.shape) if is_all else (len(rows),)
+        return Young(rows, axes, axes.index(parameter.shape, rows), births, latest, host_births, is_all, shape)
+
+    def staying(self, parameter: Tensor, stays: Tensor, latest: float) -> Young:
+        """Those of the rows for which `stays`, (r,) bool, says so."""
+        return Young.of(parameter, self.rows[stays], self.births[stays], latest, self.axes)
 
     def select(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor of the parameter's shape, to be read only."""
-        return tensor.detach() if self.is_all else tensor.index_select(0, self.rows)
+        """The rows of a tensor of the parameter's shape, (*shape, *row_shape), to be read only and under `no_grad`."""
+        view = self.axes.view(tensor)
+        if self.is_all:
+            return view
+        return view.index_select(0, self.rows) if len(self.index) == 1 else view[self.index]
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
         """Overwrite the rows of such a tensor."""
+        view = self.axes.view(tensor)
         if self.is_all:
-            tensor.copy_(values)
+            view.copy_(values)
+        elif len(self.index) == 1:
+            view.index_copy_(0, self.rows, values.to(tensor))
         else:
-            tensor.index_copy_(0, self.rows, values.to(tensor))
+            view.index_put_(self.index, values.to(tensor))
+
+    def over(self, column: Tensor, like: Tensor) -> Tensor:
+        """Shape one value per row, (r,), to apply to all of `like`, (*shape, ...)."""
+        return column.view(*self.shape, *[1] * (like.dim() - len(self.shape)))
 
 
 # -- step hooks ------------------------------------------------------------------------------------------------------
@@ -123,8 +146,10 @@ class Corrections:
         for parameter, young in self.young.items():
             step = _count(optimizer.state.get(parameter, {}).get("step", 0.0), young.births)
             if family is not None and family.ages and isinstance(step, float) and young.latest > step:
-                young = self.young[parameter] = _born_until(parameter, young, step)
-            young.weights = parameter.detach().clone() if young.is_all else young.select(parameter)
+                # Later births belong to a state that was replaced.
+                young = self.young[parameter] = young.staying(parameter, young.births <= step, step)
+            rows = young.select(parameter)
+            young.weights = rows.clone() if young.is_all else rows
             young.step = step
 
     @torch.no_grad()
@@ -156,26 +181,47 @@ class Corrections:
 CORRECTIONS: WeakKeyDictionary[Optimizer, Corrections] = WeakKeyDictionary()
 
 
-def register(optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, steps: Sequence[int]) -> list[Change]:
+def register(
+    optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, steps: Sequence[int], axes: UnitAxes = ROWS
+) -> list[Change]:
     """Plan the changes that enter rows among the young of an optimizer, born at `steps`, with the hooks they need.
 
-    `rows`: (r,) int64; `steps`: r values of the optimizer's own count. Births replace earlier ones of the same rows.
+    `rows`: (r,) int64, units under `axes`; `steps`: r values of the optimizer's own count. Births replace earlier ones
+    of the same rows. Raises `OptimizerError` where the parameter has young rows under other axes.
     """
     assert rows.numel() == len(steps), "one birth for each row"
+    _refuse_other_axes(optimizer, parameter, axes)
     dtype = torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
     births = torch.tensor(steps, dtype=dtype, device=parameter.device)
-    enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0))
+    enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0), axes)
     return [*install(optimizer, CORRECTIONS, Corrections), enter]
+
+
+def _refuse_other_axes(optimizer: Optimizer, parameter: nn.Parameter, axes: UnitAxes) -> None:
+    """Refuse to number the units of a parameter in two ways: their rows would overlap."""
+    young = CORRECTIONS[optimizer].young.get(parameter) if optimizer in CORRECTIONS else None
+    if young is not None and young.axes != axes:
+        raise OptimizerError(
+            f"the units of a parameter of shape {tuple(parameter.shape)} were asked to be along {axes}, but an earlier "
+            f"operation with this {type(optimizer).__name__} found them along {young.axes}, and those are still young. "
+            "Operate on the parameter in one role, or build the optimizer anew"
+        )
 
 
 class _Enter:
     """Enter rows of a parameter among the young of an optimizer that has the hooks."""
 
     def __init__(
-        self, optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, births: Tensor, latest: float
+        self,
+        optimizer: Optimizer,
+        parameter: nn.Parameter,
+        rows: Tensor,
+        births: Tensor,
+        latest: float,
+        axes: UnitAxes,
     ) -> None:
         self.optimizer, self.parameter = optimizer, parameter
-        self.rows, self.births, self.latest = rows, births, latest
+        self.rows, self.births, self.latest, self.axes = rows, births, latest, axes
         self.replaced: dict[nn.Parameter, Young] | None = None  # None until the rows are about to be entered
 
     def apply(self) -> None:
@@ -190,17 +236,12 @@ class _Enter:
 
     def _joined(self, young: Young | None) -> Young:
         if young is None:
-            return Young.of(self.parameter, self.rows, self.births, self.latest)
+            return Young.of(self.parameter, self.rows, self.births, self.latest, self.axes)
+        assert young.axes == self.axes, "one operation numbers the units of a parameter in one way"
         stays = ~torch.isin(young.rows, self.rows)
         rows = torch.cat([young.rows[stays], self.rows])
         births = torch.cat([young.births[stays], self.births])
-        return Young.of(self.parameter, rows, births, max(self.latest, young.latest))
-
-
-def _born_until(parameter: nn.Parameter, young: Young, step: float) -> Young:
-    """Return the rows born by then: later births belong to a state that was replaced."""
-    stays = young.births <= step
-    return Young.of(parameter, young.rows[stays], young.births[stays], step)
+        return Young.of(self.parameter, rows, births, max(self.latest, young.latest), self.axes)
 
 
 # -- what is corrected -----------------------------------------------------------------------------------------------
@@ -249,7 +290,7 @@ def _correct_bias(
         is_decoupled = group.get("decoupled_weight_decay", is_decoupled)
         moved = _adam_update(group, young, step, state["exp_avg"], square, is_decoupled=is_decoupled)
         if isinstance(is_due, Tensor):
-            moved = torch.where(_over_rows(is_due, moved), moved.to(parameter), young.select(parameter))
+            moved = torch.where(young.over(is_due, moved), moved.to(parameter), young.select(parameter))
         young.write(parameter, moved)
     return _still_young(parameter, young, group, step) if sweep else young
 
@@ -270,7 +311,7 @@ def _is_due(young: Young, step: float | Tensor) -> bool | Tensor:
 def _adam_update(
     group: Group, young: Young, step: float | Tensor, moment: Tensor, square: Tensor, *, is_decoupled: bool
 ) -> Tensor:
-    """Return `w (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps)`, (r, ...), its decay only where it is decoupled.
+    """Return `w (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps)`, as the snapshot, its decay only where it is decoupled.
 
     `moment`, `square`: the parameter's. Kingma & Ba 2015, algorithm 1, with both corrections moved into the rate and
     eps as their section 2 has it; Loshchilov & Hutter 2019, algorithm 2, with the schedule multiplier in `lr` and decay
@@ -287,7 +328,7 @@ def _adam_update(
         weights.mul_(1 - _on(group["lr"], weights) * _on(group["weight_decay"], weights))
     rate, eps = _rate_and_eps(group, young, step)
     if isinstance(rate, Tensor):
-        moment, rate, eps = moment * _over_rows(rate, weights), 1.0, _over_rows(eps, weights)
+        moment, rate, eps = moment * young.over(rate, weights), 1.0, young.over(eps, weights)
     weights.addcdiv_(moment, square.sqrt().add_(eps), value=-rate)
     return torch.view_as_complex(weights) if is_complex else weights
 
@@ -320,7 +361,7 @@ def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: floa
         return young
     if not bool(stays.any()):
         return None
-    return Young.of(parameter, young.rows[stays], young.births[stays], young.latest)
+    return young.staying(parameter, stays, young.latest)
 
 
 def _bias(beta: float | Tensor, ages: Any) -> Any:
@@ -343,11 +384,6 @@ def _on(scalar: Any, like: Tensor) -> Any:
     if isinstance(scalar, Tensor) and scalar.device.type != "cpu":
         return scalar.detach().to(like).reshape(())
     return float(scalar.detach()) if isinstance(scalar, Tensor) else float(scalar)
-
-
-def _over_rows(column: Tensor, like: Tensor) -> Tensor:
-    """Shape one value per row, (r,), to apply to all of `like`, (r, ...)."""
-    return column.view(-1, *[1] * (like.dim() - 1))
 
 
 # A new family is a new row. No bias correction, no note: the scratch state is all that RMSprop needs.

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
+from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
 __all__ = ["Group", "Refresh", "fresh_rows", "is_shared", "own_step", "refuse_coupled"]
 
@@ -26,14 +27,16 @@ Group = dict[str, Any]
 class Refresh:
     """Write the state of a fresh parameter into rows, learned from the weights that the rows have by then."""
 
-    def __init__(self, optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor) -> None:
-        self.optimizer, self.group, self.parameter, self.rows = optimizer, group, parameter, rows
+    def __init__(
+        self, optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes = ROWS
+    ) -> None:
+        self.optimizer, self.group, self.parameter, self.rows, self.axes = optimizer, group, parameter, rows, axes
         self.writes: list[WriteRows] = []
 
     def apply(self) -> None:
         self.writes = [
-            WriteRows(entry, self.rows.to(entry.device), values)
-            for entry, values in fresh_rows(self.optimizer, self.group, self.parameter, self.rows)
+            WriteRows(entry, self.rows.to(entry.device), values, self.axes)
+            for entry, values in fresh_rows(self.optimizer, self.group, self.parameter, self.rows, self.axes)
         ]
         for write in self.writes:
             write.apply()
@@ -43,10 +46,10 @@ class Refresh:
 
 
 def fresh_rows(
-    optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor
+    optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes = ROWS
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return (state tensor of the parameter's shape, its (r, ...) fresh rows) for each such tensor."""
-    weights = parameter.detach().index_select(0, rows.to(parameter.device))
+    """Return (state tensor of the parameter's shape, its fresh rows (r, *row_shape)) for each such tensor."""
+    weights = axes.take(parameter.detach(), rows.to(parameter.device))
     _, fresh = _scratch_step(optimizer, group, weights, torch.zeros_like(weights))
     pairs: list[tuple[Tensor, Tensor]] = []
     for key, entry in optimizer.state[parameter].items():
@@ -85,23 +88,27 @@ _ELEMENT_WISE = (
 )
 
 
-def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> None:
+def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter, axes: UnitAxes = ROWS) -> None:
     """Refuse an optimizer in which one row's first update depends on another row's weights or gradient.
 
-    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), two steps on two rows do.
+    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), two steps on few units do. Units
+    that are not along axis 0 alone learn their state in another layout than their own: there no element's update may
+    depend on another's.
     """
-    if parameter.shape[0] < 2:
+    if axes.num_units(parameter.shape) < 2:
         return
-    cls, shape = type(optimizer).__name__, tuple(parameter.shape)
+    shape = axes.few_units(parameter.shape)
     generator = torch.Generator().manual_seed(0)
-    weights, gradient = torch.randn((2, 2, *shape[1:]), generator=generator).to(parameter.detach())
-    factor = torch.tensor([1.0, 3.0]).to(weights).view(2, *[1] * (weights.dim() - 1))
+    weights, gradient = torch.randn((2, *shape), generator=generator).to(parameter.detach())
+    kept = torch.zeros(shape, dtype=torch.bool, device=weights.device)
+    kept[0 if axes == ROWS else (0,) * len(shape)] = True
     alone, _ = _scratch_step(optimizer, group, weights, gradient)
-    beside, _ = _scratch_step(optimizer, group, weights * factor, gradient * (factor == 1))
-    if not torch.equal(alone[0], beside[0]):
+    beside, _ = _scratch_step(optimizer, group, weights * torch.where(kept, 1.0, 3.0).to(weights), gradient * kept)
+    if not torch.equal(alone[kept], beside[kept]):
+        one = "row" if axes == ROWS else "weight"
         raise OptimizerError(
-            f"{cls} couples the rows of a parameter of shape {shape}: the update of one row depends on the "
-            f"others, so single rows cannot be made fresh. {_ELEMENT_WISE}"
+            f"{type(optimizer).__name__} couples the {one}s of a parameter of shape {tuple(parameter.shape)}: the "
+            f"update of one {one} depends on the others, so single rows cannot be made fresh. {_ELEMENT_WISE}"
         )
 
 

@@ -26,6 +26,7 @@ from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, register
 from neuronsurgery.pytorch.fresh_state import Group, Refresh, fresh_rows, is_shared, refuse_coupled
 from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, install
 from neuronsurgery.pytorch.transaction import Change
+from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
 __all__ = [
     "age_clock",
@@ -138,10 +139,12 @@ def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> li
     return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, Clock)]
 
 
-def refresh(optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor) -> list[Change]:
+def refresh(
+    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, axes: UnitAxes = ROWS
+) -> list[Change]:
     """Plan the changes that give rows of a parameter the state of a fresh parameter, in all its optimizers.
 
-    `rows`: (r,) int64, indices along dim 0. The changes are to be run after those that write the rows
+    `rows`: (r,) int64, units of the parameter under `axes`. The changes are to be run after those that write the rows
     themselves: some optimizers' state is a copy of the weights. A parameter without state needs no change.
     Raises `OptimizerError` for state that cannot be learned, or that couples rows, before anything changes.
 
@@ -160,25 +163,29 @@ def refresh(optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tens
         if not optimizer.state.get(parameter) or not rows.numel():
             continue
         family = family_of(optimizer)
-        fresh_rows(optimizer, group, parameter, rows)
+        fresh_rows(optimizer, group, parameter, rows, axes)
         if family is None:
-            refuse_coupled(optimizer, group, parameter)
-        changes.append(Refresh(optimizer, group, parameter, rows))
+            refuse_coupled(optimizer, group, parameter, axes)
+        changes.append(Refresh(optimizer, group, parameter, rows, axes))
         if family is not None and family.first_step and group.get("dampening"):
-            changes += register(optimizer, parameter, rows, [1] * rows.numel())
+            changes += register(optimizer, parameter, rows, [1] * rows.numel(), axes)
     return changes
 
 
 def births(
-    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, steps: Sequence[int]
+    optimizers: Sequence[Optimizer],
+    parameter: nn.Parameter,
+    rows: Tensor,
+    steps: Sequence[int],
+    axes: UnitAxes = ROWS,
 ) -> list[Change]:
     """Plan the changes that register rows of a parameter as born at `steps`, with the step hooks they need.
 
-    `rows`: (r,) int64; `steps`: r values of `current_step(optimizers, parameter)`, at surgery all of them
-    the current one. A row registered before takes the new birth. A row born at step 0 is as old as its
-    parameter and needs no correction, nor do optimizers without bias correction. Births later than the
+    `rows`: (r,) int64, units under `axes`; `steps`: r values of `current_step(optimizers, parameter)`, at surgery
+    all of them the current one. A row registered before takes the new birth. A row born at step 0 is as old as
+    its parameter and needs no correction, nor do optimizers without bias correction. Births later than the
     owner's step wait for a state to be loaded; the next step forgets them. Raises `OptimizerError` as
-    `start_clocks` does.
+    `start_clocks` does, and where the parameter has young rows under other axes.
     """
     now = current_step(optimizers, parameter)
     changes: list[Change] = []
@@ -188,7 +195,7 @@ def births(
             continue
         own = [born - now + step for born in steps]
         if any(born > 0 for born in own) or parameter in young_rows(optimizer):
-            changes += register(optimizer, parameter, rows, own)
+            changes += register(optimizer, parameter, rows, own, axes)
     return changes
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeVar, overload
 import torch
 from torch import Tensor
 
+from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+
 __all__ = ["Change", "Overwrite", "RemoveItem", "SetClass", "SetItem", "WriteRows", "revert", "run"]
 
 
@@ -59,21 +61,24 @@ def revert(changes: Sequence[Change]) -> None:
 
 
 class WriteRows:
-    """Overwrite rows (along dim 0) of a tensor in place, without autograd: `tensor[rows] = values`."""
+    """Overwrite the rows of some units of a tensor in place, without autograd: `tensor[rows] = values`.
 
-    def __init__(self, tensor: Tensor, rows: Tensor, values: Tensor) -> None:
-        self.tensor, self.rows, self.values = tensor, rows, values
+    `rows`: (r,) int64, units under `axes`; `values`: (r, *row_shape).
+    """
+
+    def __init__(self, tensor: Tensor, rows: Tensor, values: Tensor, axes: UnitAxes = ROWS) -> None:
+        self.tensor, self.rows, self.values, self.axes = tensor, rows, values, axes
         self.replaced: Tensor | None = None
 
     def apply(self) -> None:
         with torch.no_grad():
-            self.replaced = self.tensor.index_select(0, self.rows)
-            self.tensor.index_copy_(0, self.rows, self.values.to(self.tensor))
+            self.replaced = self.axes.take(self.tensor, self.rows)
+            self.axes.put(self.tensor, self.rows, self.values.to(self.tensor))
 
     def revert(self) -> None:
         if self.replaced is not None:
             with torch.no_grad():
-                self.tensor.index_copy_(0, self.rows, self.replaced)
+                self.axes.put(self.tensor, self.rows, self.replaced)
 
 
 class Overwrite:

@@ -7,6 +7,7 @@ stacked weights of experts (experts, in, out) are one case.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ __all__ = ["ROWS", "UnitAxes"]
 class UnitAxes:
     """The axes of a tensor that number its units, slowest first; units are counted in row-major order over them.
 
-    `groups` splits axis 0 into (groups, rest) first, as a grouped transposed convolution does; axes count after that.
+    `groups` above 1 splits axis 0 into (groups, rest) first, as a grouped transposed convolution does; the axes count
+    after that. With one group nothing is split: a transposed convolution is `UnitAxes((1,))` then.
 
     Example:
         >>> weight = torch.arange(6).reshape(2, 3)      # (in, out): three units of two incoming weights each
@@ -46,7 +48,7 @@ class UnitAxes:
     def take(self, tensor: Tensor, units: Tensor) -> Tensor:
         """The rows of some units, (num_taken, *row_shape), as a copy; `units` int64."""
         view = self.view(tensor)
-        return view.index_select(0, units) if len(self.axes) == 1 else view[self._places(view, units)]
+        return view.index_select(0, units) if len(self.axes) == 1 else view[self.index(tensor.shape, units)]
 
     def put(self, tensor: Tensor, units: Tensor, rows: Tensor) -> None:
         """Overwrite the rows of some units in place; the caller sees to `no_grad`."""
@@ -54,15 +56,27 @@ class UnitAxes:
         if len(self.axes) == 1:
             view.index_copy_(0, units, rows)
         else:
-            view.index_put_(self._places(view, units), rows)
+            view.index_put_(self.index(tensor.shape, units), rows)
+
+    def index(self, shape: Sequence[int], units: Tensor) -> tuple[Tensor, ...]:
+        """What selects units in the view of a tensor of this shape: one (num_taken,) int64 for each axis."""
+        return (units,) if len(self.axes) == 1 else torch.unravel_index(units, self.unit_shape(shape))
+
+    def unit_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """How many units a tensor of this shape has along each of the units' axes."""
+        sizes = self._sizes(shape)
+        return tuple(sizes[axis] for axis in self.axes)
 
     def num_units(self, shape: Sequence[int]) -> int:
         """How many units a tensor of this shape has."""
-        sizes = [self.groups, shape[0] // self.groups, *shape[1:]] if self.groups > 1 else list(shape)
-        num = 1
+        return math.prod(self.unit_shape(shape))
+
+    def few_units(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the smallest tensor of this layout that has neighbors, two, along each of the units' axes."""
+        sizes = self._sizes(shape)
         for axis in self.axes:
-            num *= sizes[axis]
-        return num
+            sizes[axis] = min(sizes[axis], 2)
+        return (sizes[0] * sizes[1], *sizes[2:]) if self.groups > 1 else tuple(sizes)
 
     def whole(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `rows`: a tensor of this shape made of all units' rows, as a new tensor."""
@@ -71,8 +85,8 @@ class UnitAxes:
         view.copy_(rows.reshape(view.shape))
         return tensor
 
-    def _places(self, view: Tensor, units: Tensor) -> tuple[Tensor, ...]:
-        return torch.unravel_index(units, view.shape[: len(self.axes)])
+    def _sizes(self, shape: Sequence[int]) -> list[int]:
+        return [self.groups, shape[0] // self.groups, *shape[1:]] if self.groups > 1 else list(shape)
 
 
 ROWS = UnitAxes()

@@ -1,8 +1,7 @@
 """Rows that surgery overwrites are updated as a fresh parameter's rows, and nothing else changes.
 
-`Trial` steps an optimizer on three parameters (a matrix, a convolution's weight, a bias) with synthetic
-gradients, overwrites rows as surgery would, and goes on; its twin `fresh` holds only the new rows, in
-parameters of their own.
+`Trial` steps an optimizer on parameters of every layout (`SHAPES`) with synthetic gradients, overwrites rows as
+surgery would, and goes on; its twin `fresh` holds only the new rows, in parameters of their own.
 """
 
 from __future__ import annotations
@@ -26,8 +25,18 @@ from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch import corrections
 from neuronsurgery.pytorch import optimizers as owners
 from neuronsurgery.pytorch.transaction import Change, WriteRows, revert, run
+from neuronsurgery.pytorch.unit_axes import UnitAxes
 
-SHAPES = [(5, 3), (4, 2, 3, 3), (6,)]
+AXES: dict[tuple[int, ...], UnitAxes] = {  # where the units of a shape are
+    (5, 3): UnitAxes(),
+    (4, 2, 3, 3): UnitAxes(),
+    (6,): UnitAxes(),
+    (3, 5): UnitAxes((1,)),  # x @ W
+    (1, 4, 1, 1): UnitAxes((1,)),  # a norm's scale
+    (6, 2, 3): UnitAxes((0, 2), 2),  # a transposed convolution of two groups
+    (3, 4, 2): UnitAxes((0, 2)),  # experts
+}
+SHAPES = list(AXES)
 ROWS = torch.tensor([1, 3])
 
 Make = Callable[..., Optimizer]
@@ -82,6 +91,18 @@ def random_parameters(shapes: Iterable[tuple[int, ...]] = SHAPES, dtype: Any = t
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
 
 
+def axes_of(tensor: Tensor) -> UnitAxes:
+    return AXES[tuple(tensor.shape)]
+
+
+def rows_of(tensor: Tensor, rows: Tensor = ROWS) -> Tensor:
+    return axes_of(tensor).take(tensor.detach(), rows)
+
+
+def row_of(tensor: Tensor, row: int) -> Tensor:
+    return rows_of(tensor, torch.tensor([row]))[0]
+
+
 class Trial:
     """An optimizer on parameters of its own, fed gradients that depend on the step only."""
 
@@ -97,9 +118,9 @@ class Trial:
             for place, parameter in enumerate(self.parameters):
                 # A size per parameter and a mean that is not zero, so that momentum builds up.
                 gradient = torch.randn(parameter.shape, generator=generator) + 1.0
-                parameter.grad = (10.0**-place * gradient).to(parameter.dtype)
+                parameter.grad = (10.0 ** -(place % 3) * gradient).to(parameter.dtype)
                 if fresh is not None:
-                    fresh.parameters[place].grad = parameter.grad[ROWS]
+                    fresh.parameters[place].grad = rows_of(parameter.grad)
             self.optimizer.step()
             self.taken += 1
             if fresh is not None:
@@ -110,16 +131,17 @@ class Trial:
         changes: list[Change] = []
         for parameter in self.parameters:
             values = new_rows(parameter)
-            changes.append(WriteRows(parameter.data, ROWS, values))
-            changes += owners.refresh([self.optimizer], parameter, ROWS)
+            axes = axes_of(parameter)
+            changes.append(WriteRows(parameter.data, ROWS, values, axes))
+            changes += owners.refresh([self.optimizer], parameter, ROWS, axes)
             step = owners.current_step([self.optimizer], parameter)
             if births and step is not None:
-                changes += owners.births([self.optimizer], parameter, ROWS, [step] * len(ROWS))
+                changes += owners.births([self.optimizer], parameter, ROWS, [step] * len(ROWS), axes)
         run(changes)
         return changes
 
     def fresh(self, make: Make) -> Trial:
-        return Trial(make, [nn.Parameter(parameter.detach()[ROWS].clone()) for parameter in self.parameters])
+        return Trial(make, [nn.Parameter(rows_of(parameter)) for parameter in self.parameters])
 
     def snapshot(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -127,7 +149,7 @@ class Trial:
 
 def new_rows(parameter: nn.Parameter) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn((len(ROWS), *parameter.shape[1:]), generator=generator).to(parameter.dtype)
+    return torch.randn(rows_of(parameter).shape, generator=generator).to(parameter.dtype)
 
 
 def operated(name: str, num_steps: int, dtype: Any = torch.float32) -> tuple[Trial, Trial]:
@@ -145,7 +167,7 @@ def update_sizes(trial: Trial, fresh: Trial, num_steps: int) -> tuple[Tensor, Te
         before, before_fresh = trial.snapshot(), fresh.snapshot()
         trial.step(1, fresh)
         for place in range(len(before)):
-            moved = trial.parameters[place].detach()[ROWS] - before[place][ROWS]
+            moved = rows_of(trial.parameters[place]) - rows_of(before[place])
             sizes[0, step, place] = moved.abs().mean()
             sizes[1, step, place] = (fresh.parameters[place].detach() - before_fresh[place]).abs().mean()
     return sizes[0], sizes[1]
@@ -153,16 +175,20 @@ def update_sizes(trial: Trial, fresh: Trial, num_steps: int) -> tuple[Tensor, Te
 
 def assert_rows_equal_fresh(trial: Trial, fresh: Trial, rtol: float = 2e-5) -> None:
     for parameter, twin in zip(trial.parameters, fresh.parameters, strict=True):
-        torch.testing.assert_close(parameter[ROWS], twin.detach(), rtol=rtol, atol=rtol, check_dtype=True)
+        torch.testing.assert_close(rows_of(parameter), twin.detach(), rtol=rtol, atol=rtol, check_dtype=True)
 
 
 def assert_other_elements_equal(trial: Trial, untouched: Trial) -> None:
     for parameter, twin in zip(trial.parameters, untouched.parameters, strict=True):
-        others = torch.ones(parameter.shape[0], dtype=torch.bool).index_fill(0, ROWS, False)
-        assert torch.equal(parameter[others], twin[others])
+        num_units = axes_of(parameter).num_units(parameter.shape)
+        others = torch.tensor([unit for unit in range(num_units) if unit not in ROWS])
+        assert torch.equal(rows_of(parameter, others), rows_of(twin, others))
         for key, entry in untouched.optimizer.state[twin].items():
             found = trial.optimizer.state[parameter][key]
-            same = torch.equal(found[others], entry[others]) if entry.dim() else torch.equal(found, entry)
+            is_whole = entry.dim() > 0
+            same = (
+                torch.equal(rows_of(found, others), rows_of(entry, others)) if is_whole else torch.equal(found, entry)
+            )
             assert same, key
 
 
@@ -193,8 +219,8 @@ def test_first_and_largest_update_are_a_fresh_parameters(name: str, num_steps: i
     sizes, fresh_sizes = update_sizes(trial, fresh, 40)
     first, largest = sizes[0] / fresh_sizes[0], sizes.amax(0) / fresh_sizes.amax(0)
     assert (first <= 1.1).all() and (largest <= 1.1).all()
-    torch.testing.assert_close(first, torch.ones(3), rtol=1e-3, atol=0)
-    torch.testing.assert_close(largest, torch.ones(3), rtol=1e-3, atol=0)
+    torch.testing.assert_close(first, torch.ones(len(SHAPES)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(largest, torch.ones(len(SHAPES)), rtol=1e-3, atol=0)
 
 
 @every_optimizer
@@ -221,7 +247,7 @@ def test_bfloat16_rows_follow_a_fresh_parameter(name: str) -> None:
 
 def test_complex_rows_follow_a_fresh_parameter() -> None:
     make = partial(AdamW, lr=0.01)
-    trial = Trial(make, random_parameters([(5, 3)], torch.complex64))
+    trial = Trial(make, random_parameters(dtype=torch.complex64))
     trial.step(20)
     trial.surgery()
     fresh = trial.fresh(make)
@@ -263,28 +289,34 @@ def test_rows_born_at_different_steps_have_their_own_ages() -> None:
 
 @pytest.mark.usefixtures("step_on")
 @pytest.mark.parametrize("name", [*ADAMS, "sgd-dampening"])
-@pytest.mark.parametrize("batches", [[[3, 0, 4, 1, 2]], [[4, 1], [3, 0, 2]], [[2, 0]]], ids=str)
-def test_rows_in_any_order_and_all_of_them_follow_a_fresh_parameter(name: str, batches: list[list[int]]) -> None:
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (6, 2, 3), (3, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", ["all", "all-in-two", "some"])
+def test_rows_in_any_order_and_all_of_them_follow_a_fresh_parameter(
+    name: str, sizes: str, shape: tuple[int, ...]
+) -> None:
     """Each batch is overwritten three steps after the one before."""
-    trial = Trial(TABLE[name], random_parameters([(5, 3)], torch.float64))
+    order = [3, 0, *range(4, AXES[shape].num_units(shape)), 2, 1]
+    batches = {"all": [order], "all-in-two": [order[:2], order[2:]], "some": [order[:2]]}[sizes]
+    trial = Trial(TABLE[name], random_parameters([shape], torch.float64))
     (parameter,) = trial.parameters
     twins: dict[int, tuple[nn.Parameter, Optimizer]] = {}
     step_beside(trial, twins, 7)
     for batch in batches:
         rows, step = torch.tensor(batch), owners.current_step([trial.optimizer], parameter)
-        run(owners.refresh([trial.optimizer], parameter, rows))
-        run(owners.births([trial.optimizer], parameter, rows, [step or 0] * len(batch)))
+        run(owners.refresh([trial.optimizer], parameter, rows, AXES[shape]))
+        run(owners.births([trial.optimizer], parameter, rows, [step or 0] * len(batch), AXES[shape]))
         for row in batch:
-            twin = nn.Parameter(parameter.detach()[row].clone())
+            twin = nn.Parameter(row_of(parameter, row))
             twins[row] = twin, TABLE[name]([twin])
         step_beside(trial, twins, 3)
     step_beside(trial, twins, 20)
     rtol = 3e-5 if name == "adam-tensors" else 1e-12
     for row, (twin, _) in twins.items():
-        torch.testing.assert_close(parameter.detach()[row], twin.detach(), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(row_of(parameter, row), twin.detach(), rtol=rtol, atol=rtol)
 
 
 def give_birth(trial: Trial, row: int) -> None:
+    """To a row of the first parameter, which is a matrix."""
     rows, parameter = torch.tensor([row]), trial.parameters[0]
     run(owners.refresh([trial.optimizer], parameter, rows))
     run(owners.births([trial.optimizer], parameter, rows, [trial.taken]))
@@ -297,7 +329,7 @@ def step_beside(trial: Trial, twins: dict[int, tuple[nn.Parameter, Optimizer]], 
         gradient = trial.parameters[0].grad
         assert gradient is not None
         for row, (twin, optimizer) in twins.items():
-            twin.grad = gradient[row].clone()
+            twin.grad = row_of(gradient, row)
             optimizer.step()
 
 
@@ -340,7 +372,7 @@ def row_state(trial: Trial) -> dict[str, Any]:
     """The state dict of the trial's optimizer, of ROWS only."""
     packed = trial.optimizer.state_dict()
     packed["state"] = {
-        place: {key: entry[ROWS] if entry.dim() else entry.clone() for key, entry in state.items()}
+        place: {key: rows_of(entry) if entry.dim() else entry.clone() for key, entry in state.items()}
         for place, state in packed["state"].items()
     }
     return packed
@@ -395,8 +427,8 @@ def test_planning_changes_nothing(name: str) -> None:
     trial.step(3)
     before, seed = everything(trial), torch.get_rng_state()
     for parameter in trial.parameters:
-        owners.refresh([trial.optimizer], parameter, ROWS)
-        owners.births([trial.optimizer], parameter, ROWS, [3, 3])
+        owners.refresh([trial.optimizer], parameter, ROWS, axes_of(parameter))
+        owners.births([trial.optimizer], parameter, ROWS, [3, 3], axes_of(parameter))
     assert everything(trial) == before
     assert torch.equal(torch.get_rng_state(), seed)
 
@@ -507,7 +539,7 @@ def test_gradients_computed_in_a_closure_are_corrected() -> None:
 
     def closure() -> float:
         for parameter, twin, gradient in zip(trial.parameters, fresh.parameters, gradients, strict=True):
-            parameter.grad, twin.grad = gradient, gradient[ROWS]
+            parameter.grad, twin.grad = gradient, rows_of(gradient)
         return 0.0
 
     trial.optimizer.zero_grad()
@@ -547,11 +579,11 @@ def test_surgery_in_a_hook_of_the_step_counts_from_the_next_step(name: str) -> N
 
 def test_each_parameter_follows_the_settings_of_its_group() -> None:
     def make(parameters: list[nn.Parameter]) -> Optimizer:
-        slow, fast, other = parameters
+        slow, fast, *others = parameters
         groups = [
             {"params": [slow], "lr": 1e-3},
             {"params": [fast], "lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3},
-            {"params": [other], "weight_decay": 0.3},
+            {"params": others, "weight_decay": 0.3},
         ]
         return AdamW(groups, lr=0.01)
 
@@ -580,7 +612,8 @@ def test_loading_a_state_from_before_the_birth_forgets_it() -> None:
     trial.step(5)
     trial.surgery()
     for parameter in trial.parameters:
-        run(owners.births([trial.optimizer], parameter, torch.tensor([0]), [0]))  # an older row, entered later
+        older = torch.tensor([0])  # entered later
+        run(owners.births([trial.optimizer], parameter, older, [0], axes_of(parameter)))
     trial.step(5)
     trial.optimizer.load_state_dict(copy.deepcopy(saved))
     for parameter, twin in zip(trial.parameters, untouched.parameters, strict=True):
@@ -604,7 +637,7 @@ def test_births_are_taken_up_by_a_new_optimizer_that_loads_the_state(loads_first
     if loads_first:
         trial.optimizer.load_state_dict(saved)
     for parameter in trial.parameters:
-        run(owners.births([trial.optimizer], parameter, ROWS, [20, 20]))
+        run(owners.births([trial.optimizer], parameter, ROWS, [20, 20], axes_of(parameter)))
     if not loads_first:
         trial.optimizer.load_state_dict(saved)
     trial.step(10, fresh)
@@ -934,6 +967,56 @@ def test_optimizers_that_cannot_be_treated_are_refused_before_anything_changes(n
         owners.refresh([trial.optimizer], trial.parameters[0], ROWS)
     assert everything(trial) == before
     assert torch.equal(torch.get_rng_state(), seed)
+
+
+class Normalizing(Optimizer):
+    """Divides each slice of the gradient along an axis by its norm; state of the parameter's shape."""
+
+    def __init__(self, params: Any, lr: float = 0.1, axis: int = 0) -> None:
+        super().__init__(params, {"lr": lr, "axis": axis})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.mul_(0.9).add_(parameter.grad)
+                others = [axis for axis in range(parameter.dim()) if axis != group["axis"]]
+                norms = torch.linalg.vector_norm(momentum, dim=others, keepdim=True)
+                parameter.sub_(momentum / (norms + 1e-8), alpha=group["lr"])
+
+
+def test_an_optimizer_that_couples_the_weights_of_a_row_only_is_taken() -> None:
+    trial = Trial(partial(Normalizing, axis=0), random_parameters([(5, 3)]))
+    trial.step(3)
+    assert len(owners.refresh([trial.optimizer], trial.parameters[0], ROWS)) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [(shape, axis) for shape in [(3, 5), (6, 2, 3), (3, 4, 2)] for axis in range(len(shape))],
+    ids=str,
+)
+def test_coupling_along_any_axis_is_refused_where_units_are_not_rows(shape: tuple[int, ...], axis: int) -> None:
+    trial = Trial(partial(Normalizing, axis=axis), random_parameters([shape]))
+    trial.step(3)
+    before = everything(trial)
+    with pytest.raises(OptimizerError, match=r"Normalizing couples the weights .* of one weight depends on the others"):
+        owners.refresh([trial.optimizer], trial.parameters[0], ROWS, AXES[shape])
+    assert everything(trial) == before
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd-dampening"])
+def test_one_parameter_has_one_layout_as_long_as_rows_are_young(name: str) -> None:
+    trial = Trial(TABLE[name], random_parameters([(5, 3)]))
+    trial.step(3)
+    trial.surgery()
+    before, parameter = everything(trial), trial.parameters[0]
+    with pytest.raises(
+        OptimizerError, match=r"shape \(5, 3\) .* along UnitAxes\(axes=\(1,\).* along UnitAxes\(axes=\(0,\)"
+    ):
+        corrections.register(trial.optimizer, parameter, torch.tensor([2]), [3], UnitAxes((1,)))
+    assert everything(trial) == before
 
 
 def test_state_that_is_no_tensor_is_refused() -> None:
