@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
+from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.links import UnitFunction, is_coupling
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.taps import offset_of, tap
@@ -110,14 +111,16 @@ def passing(original: Forward) -> Forward:
             return h
         if rows is not None:
             h = carried.bank.assemble(h, rows)
-        return tap(carried.producer.weight, h) if offset_of(carried.producer) else h  # type: ignore[arg-type]
+        return tap(carried.producer.weight, h) if offset_of(carried.producer) else h
 
     return forward
 
 
 def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Slots and rows past the link that a module is."""
-    bank, index, rows = carried.bank, carried.num_passed, carried.rows
+    bank: Composite = carried.bank
+    index, rows = carried.num_passed, carried.rows
+    assert rows is not None
     if original_class(module).__qualname__ != bank.path.classes[index]:
         raise _replaced(carried, module)
     link = bank.path.links[index]

@@ -39,7 +39,7 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
     with torch.no_grad():
-        old, _ = _activations(place, [slots and slots.rows() for slots in place.slots], place.bank)
+        old, _ = _activations(place, [None if slots is None else slots.rows() for slots in place.slots], place.bank)
         new, rows = _activations(place, renewed, bank)
         scale = max(_magnitude(old), _magnitude(rows))
         error = _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny)

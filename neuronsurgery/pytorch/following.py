@@ -1,8 +1,7 @@
 """Following a pre-activation through a graph, link by link, to the activation function.
 
 Each link has one value in and one out: everything that reads the value must be part of the link, so that no other
-consumer sees a pre-activation. Most links are one node; an activation function that is written out (`z * sigmoid(z)`) is
-several.
+consumer sees a pre-activation. Most links are one node; an activation function that is written out is several.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ __all__ = ["Followed", "LinkUse", "follow"]
 class LinkUse:
     """One link in a graph: the value that enters, the node whose value comes out, and what else it reads there.
 
-    `own` are the link's own tensors, by their paths in the scope; `others` the tensors from elsewhere; `modules` the paths
-    of the modules that are called in it, one where the link is a module; `nodes` all nodes that it is made of.
+    `own` are the link's own tensors, by their paths in the scope; `others` the tensors from elsewhere; `modules` the
+    paths of the modules that are called in it, one where the link is a module; `nodes` all nodes that it is made of.
     """
 
     link: Link
@@ -60,8 +59,8 @@ class LinkUse:
 class Followed:
     """Where a pre-activation leads: to the end of its last link, an activation function, or to a problem.
 
-    `is_open`: the scope returns it as it is, so that its activation function may lie in a caller. `stopped` is the child
-    at whose call it went no further.
+    `is_open`: the scope returns it as it is, so that its activation function may lie in a caller. `stopped` is the
+    child at whose call it went no further.
     """
 
     links: tuple[LinkUse, ...]
@@ -133,7 +132,7 @@ def _region(value: fx.Node, readers: Sequence[fx.Node], scope: nn.Module, shape:
     """The smallest unit-wise function that holds all readers of a value, and lets one result out."""
     steps = UnitSteps(scope, shape)
     steps.enter(value)
-    waiting, members = set(readers), []
+    waiting, members = set(readers), list[fx.Node]()
     order = {node: place for place, node in enumerate(value.graph.nodes)} if len(readers) > 1 else {}
     while waiting:
         node = min(waiting, key=order.__getitem__) if len(waiting) > 1 else next(iter(waiting))
@@ -173,9 +172,9 @@ def _unsound(value: fx.Node, members: Sequence[fx.Node], readers: Sequence[fx.No
         return _read_often(readers)
     if len(members) > 1 and any(_is_in_place(node) for node in members):
         return _read_often(readers)
-    if len(members) > 1 and canonical_name(last) in ("add", "sub", "subtract"):
-        if sum(argument in inside for argument in last.args) > 1:
-            return _read_often(readers)
+    is_sum = canonical_name(last) in ("add", "sub", "subtract")
+    if len(members) > 1 and is_sum and sum(argument in inside for argument in last.args) > 1:
+        return _read_often(readers)
     for other in steps.others:
         if is_generated(other):
             return "a product of two computed tensors enters it: its incoming weights are generated"
@@ -194,8 +193,8 @@ def _is_in_place(node: fx.Node) -> bool:
 
 _PRODUCTS = SCALING | frozenset("matmul mm bmm addmm baddbmm einsum linear bilinear".split())
 _THROUGH = frozenset(
-    "add sub subtract neg view reshape flatten unflatten squeeze unsqueeze transpose permute movedim expand contiguous clone "
-    "float half bfloat16 double to getitem select chunk split sum mean".split()
+    "add sub subtract neg view reshape flatten unflatten squeeze unsqueeze transpose permute movedim expand contiguous "
+    "clone float half bfloat16 double to getitem select chunk split sum mean".split()
 )
 
 

@@ -4,9 +4,9 @@ A **link** has one input and one output on the path. The slots pass it in the us
 rows of a bank pass it here, with their own copies of what belongs to a unit (a norm's weight, a PReLU's slope, running
 statistics) and their unit's part of any other tensor (a residual).
 
-Two kinds of links take the slots' side into their hands as well. A normalization that couples units takes its statistics
-from the *reference*, in which each operated unit's first knowledge row stands in its slot's place, so that a new active
-member does not disturb its neighbors. Dropout draws one mask, for the slots and their rows alike.
+Two kinds of links take the slots' side into their hands as well. A normalization that couples units takes its
+statistics from the *reference*, in which each operated unit's first knowledge row stands in its slot's place, so that a
+new active member does not disturb its neighbors. Dropout draws one mask, for the slots and their rows alike.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Table(Protocol):
 
 
 class Link(Protocol):
-    """One operation on the path; `tensors` labels those of its own tensors that have a value per unit, or one in all."""
+    """One operation on the path; `tensors` labels its own tensors, which have a value per unit, or one in all."""
 
     @property
     def name(self) -> str: ...
@@ -192,7 +192,7 @@ class Move:
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Batch or instance normalization: statistics of each unit alone, on axis 1; rows keep running ones of their own."""
+    """Batch or instance normalization: statistics of each unit alone, on axis 1; rows keep running ones too."""
 
     name: str
     tensors: tuple[str, ...]  # of weight, bias, running_mean, running_var those that there are

@@ -148,7 +148,7 @@ def graft(
 
 def _births(place: Place, optimizers: Optimizers) -> list[int]:
     """The optimizer step of each of the place's parameters now; -1 where no optimizer owns it."""
-    parameters = [slots and slots.parameter for slots in place.renewed]
+    parameters = [None if slots is None else slots.parameter for slots in place.renewed]
     steps = [None if p is None else optimizer_state.birth_step(optimizers, p) for p in parameters]
     return [-1 if step is None else step for step in steps]
 
@@ -175,7 +175,7 @@ def _extended_bank(
 
 def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
     """All units' rows of each of the slots, as they will be."""
-    rows = [slots and slots.rows() for slots in place.slots]
+    rows = [None if slots is None else slots.rows() for slots in place.slots]
     return [
         old if old is None or drawn is None else old.index_copy(0, units, drawn.to(old))
         for old, drawn in zip(rows, fresh, strict=True)
@@ -191,12 +191,12 @@ def _slot_changes(
             continue
         axes = slots.axes
         shaped = drawn.reshape(len(units), *axes.view(slots.tensor).shape[len(axes.axes) :])
-        yield WriteRows(slots.tensor, units, shaped, axes)
+        yield WriteRows(slots.tensor, units, shaped, axes=axes)
         parameter = slots.parameter
         if parameter is None:
             continue
         if parameter.grad is not None:
-            yield WriteRows(parameter.grad, units, torch.zeros_like(shaped), axes)
+            yield WriteRows(parameter.grad, units, torch.zeros_like(shaped), axes=axes)
         yield from optimizer_state.refresh(optimizers, parameter, units, axes)
         step = optimizer_state.current_step(optimizers, parameter)
         if step is not None:
@@ -302,14 +302,14 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
     assert bank is not None
     mask = bank.rows.of_operation(operation)
     knowledge = np.flatnonzero(mask & (bank.rows.sign > 0))
-    units = torch.from_numpy(bank.rows.unit[knowledge].copy()).to(place.weight.device)
+    restored = torch.from_numpy(bank.rows.unit[knowledge].copy()).to(place.weight.device)
     index = torch.from_numpy(knowledge).to(place.weight.device)
     live = [bank.live(name) for name in bank.buffer_names()]
     old = [
         None if value is None or slots is None or not slots.is_own else value.index_select(0, index)
         for value, slots in zip(live, place.slots, strict=True)
     ]
-    yield from _slot_changes(place, units, old, optimizers)
+    yield from _slot_changes(place, restored, old, optimizers)
     kept = bank.rows.kept(~mask)
     if len(kept) == 0:
         for owner, name in place.owners:

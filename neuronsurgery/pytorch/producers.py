@@ -144,7 +144,7 @@ _FOREIGN: dict[str, Callable[[Any], Product | str]] = {
 
 
 def _call(node: fx.Node, scope: nn.Module, received: Any, weight: Any, bias: Any) -> Multiplication | None:
-    """A product of an input with a parameter, whose kind is yet to be found; with any other weight it is none of ours."""
+    """A product of an input with a parameter, of a kind yet to be found; with any other weight it is none of ours."""
     parameter = _parameter(weight, scope)
     if parameter is None or not isinstance(received, fx.Node):
         return None
@@ -195,7 +195,7 @@ def _convolution_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
 
 
 def _matmul_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
-    """`x @ W`, and `bmm(x, W)` of stacked weights (experts, in, out); a weight on the left only where axes are known."""
+    """`x @ W`, and `bmm(x, W)` of stacked weights (experts, in, out); a weight on the left where axes are known."""
     given = _named(node, ("input", "other"))
     x, weight = given.get("input"), given.get("other", given.get("mat2", given.get("tensor2")))
     if call := _call(node, scope, x, weight, None):

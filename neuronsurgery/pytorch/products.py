@@ -77,7 +77,7 @@ class Convolution:
         return UnitAxes((1,)) if self.groups == 1 else UnitAxes((0, 2), self.groups)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor | None = None) -> Tensor:
-        """Pre-activations of the given rows, (num_rows, in / groups, *kernel), on the unit axis; `units` (num_rows,)."""
+        """Pre-activations of the given rows, (num_rows, in / groups, *kernel), on the unit axis."""
         groups = 1
         if self.groups > 1:
             assert units is not None

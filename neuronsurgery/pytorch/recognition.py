@@ -1,9 +1,9 @@
 """Which operations act on each unit alone, and which link of a path a module or a function of a graph is.
 
 An activation function is recognized by the torch function it ends in, whether it was called as a module, a function
-or a method; one written out (`z * sigmoid(z)`) by its values. Free functions may become composites anywhere; the range
-of the others carries meaning (a sigmoid gate, a tanh head, an `abs` that keeps a mixer monotone), so they are sites only
-where every use passes another producer.
+or a method; one written out (`z * sigmoid(z)`) by its values. Free functions may become composites anywhere; the
+range of the others carries meaning (a sigmoid gate, a tanh head, an `abs` that keeps a mixer monotone), so they are
+sites only where every use passes another producer.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ RANGE_BEARING = frozenset(
     "sin sinc sinh softplus softsign sqrt square tan tanh maximum minimum".split()
 )
 NEUTRAL = frozenset(
-    "add sub subtract mul multiply div divide truediv neg negative contiguous clone identity float double half bfloat16 "
-    "to type_as masked_fill where".split()
+    "add sub subtract mul multiply div divide truediv neg negative contiguous clone identity float double half "
+    "bfloat16 to type_as masked_fill where".split()
 )
 COMPARISONS = frozenset("gt ge lt le eq ne greater greater_equal less less_equal".split())
 ALIASES = {"_threshold": "threshold", "log_sigmoid": "logsigmoid", "rsub": "sub"} | {
@@ -366,7 +366,7 @@ class UnitSteps:
         return self.label or self.names[-1], Kind.RANGE_BEARING  # compound: its range is not known
 
     def link(self) -> UnitFunction:
-        """The steps as a link; tensors are labeled by their last name, the same in every scope that reaches the site."""
+        """The steps as a link; tensors are labeled by their last name, the same in every scope that reaches it."""
         labels = tuple(each.label.rsplit(".", 1)[-1] for each in self.own)
         live = tuple(str(other.target) for other in self.others) if self.label else ()
         name, kind = self._named()
