@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.links import UnitFunction, is_coupling
+from neuronsurgery.pytorch.links import Dropout, Norm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.taps import offset_of, tap
 
@@ -124,7 +124,7 @@ def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Te
     if original_class(module).__qualname__ != bank.path.classes[index]:
         raise _replaced(carried, module)
     link = bank.path.links[index]
-    if is_coupling(link):
+    if isinstance(link, (Norm, Dropout)):
         received = bank.entered(index, link, slots, rows)
         own = [_attribute(module, name) for name in link.tensors]
         return bank.left(index, link, slots, rows, received, original(module, received), own)

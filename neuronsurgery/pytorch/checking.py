@@ -56,7 +56,7 @@ def _activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite
     """The activations of all units, on one axis, with these slots and this bank, in evaluation; and the rows' own."""
     weight, bias, *values = renewed
     assert weight is not None
-    x = place.product.example(weight, torch.Generator(weight.device).manual_seed(0))
+    x = place.product.example(weight, torch.Generator(weight.device).manual_seed(0), place.path.num_axes)
     h = place.product(x, weight, bias, torch.arange(len(weight), device=weight.device))
     rows = h if bank is None else bank(x)
     axis = -1 if place.product.is_stacked else place.product.unit_axes[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
-from neuronsurgery.pytorch.links import Coupling, Link, is_statistic
+from neuronsurgery.pytorch.links import Coupling, Link, Move, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.unitwise import Kind
 
@@ -55,6 +55,12 @@ class UnitPath:
         """Which of `tensors` belong to a link."""
         first = sum(len(link.tensors) for link in self.links[:index])
         return slice(first, first + len(self.links[index].tensors))
+
+    @property
+    def num_axes(self) -> int:
+        """How many axes a pre-activation must have to pass, at least."""
+        moves = [link for link in self.links if isinstance(link, Move)]
+        return max((link.num_axes for link in moves), default=2)
 
     def axis(self, index: int, start: int, num_axes: int) -> int:
         """Where the units are as a link is entered, counted from the end."""

@@ -42,12 +42,13 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
     """
     wanted = {rewrite.producer: rewrite for rewrite in rewrites}
     guards: list[Guard] = []
+    composites: dict[fx.Node, fx.Node] = {}  # what later sites read, where an activation's node stood
     for use in find_uses(graph, scope):
         if use.producer in wanted:
             if use.path is None:
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
             guards += _path_guards(use, scope)
-            _insert(graph, use, wanted[use.producer])
+            _insert(graph, use, wanted[use.producer], composites)
     return tuple(guards)
 
 
@@ -64,16 +65,16 @@ def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
                 yield Guard(path, (("attribute", "eps"),), link_use.link.eps)
 
 
-def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite) -> None:
+def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Node, fx.Node]) -> None:
     """Evaluate the bank beside its producer, and sum where the activation comes out; observe what consumers get."""
     h = use.end
-    rows = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank)
+    rows = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank, composites)
     if rewrite.bank is not None:
         with graph.inserting_after(rows):
             bank = graph.get_attr(rewrite.bank)
         for index, link_use in enumerate(use.links):
             insert = _insert_coupling if is_coupling(link_use.link) else _insert_link
-            h, rows = insert(graph, bank, index, link_use, rows)
+            h, rows = insert(graph, bank, index, link_use, rows, composites)
         slots = h
         with graph.inserting_after(slots):  # the last link is a function, which the rows have passed by then
             h = graph.call_function(assemble, (bank, slots, rows))
@@ -84,6 +85,8 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite) -> None:
         with graph.inserting_after(parameter):
             tapped = graph.call_function(tap, (parameter, h))
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
+        h = tapped
+    composites[use.end] = h
 
 
 def assemble(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
@@ -94,7 +97,9 @@ def assemble(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
 # -- links -----------------------------------------------------------------------------------------------------------
 
 
-def _insert_link(graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _insert_link(
+    graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows: fx.Node, composites: dict[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
     """Let the rows pass a link beside the slots: before these, as they may work in place on what the rows read too."""
     link = use.link
     live = link.live if isinstance(link, UnitFunction) else ()
@@ -102,7 +107,8 @@ def _insert_link(graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows:
     with graph.inserting_after(use.node) if is_after else graph.inserting_before(use.node):
         module = graph.get_attr(use.module) if is_after else None
     with graph.inserting_after(module) if module else graph.inserting_before(use.node):
-        others = [graph.get_attr(f"{use.module}.{name}") for name in live] + list(use.others)
+        others = [graph.get_attr(f"{use.module}.{name}") for name in live]
+        others += [composites.get(other, other) for other in use.others]
     with graph.inserting_after(module) if module else graph.inserting_before(use.node):
         return use.node, graph.call_function(_passing(index, link), (bank, rows, others, module))
 
@@ -117,7 +123,12 @@ def _passing(index: int, link: Link) -> Callable[[Composite, Tensor, Sequence[An
 
 
 def _insert_coupling(
-    graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows: fx.Node
+    graph: fx.Graph,
+    bank: fx.Node,
+    index: int,
+    use: LinkUse,
+    rows: fx.Node,
+    composites: dict[fx.Node, fx.Node],
 ) -> tuple[fx.Node, fx.Node]:
     """Let slots and rows pass a link together, around the operation that the slots alone would have passed."""
     link: Any = use.link
@@ -155,12 +166,12 @@ def _leaving(index: int, link: Coupling) -> Callable[..., tuple[Tensor, Tensor]]
 # -- producers -------------------------------------------------------------------------------------------------------
 
 
-def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None) -> fx.Node:
+def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None, composites: dict[fx.Node, fx.Node]) -> fx.Node:
     """The frozen rows' pre-activations beside a functional call, before anything may change its input in place."""
     if bank is None:
         return use.node
     with graph.inserting_before(use.node):
-        return graph.call_module(bank, (use.call.received,))
+        return graph.call_module(bank, (composites.get(use.call.received, use.call.received),))
 
 
 def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:

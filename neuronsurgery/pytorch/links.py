@@ -163,6 +163,13 @@ class Move:
     kind: Kind = Kind.NEUTRAL
     tensors: tuple[str, ...] = ()
 
+    @property
+    def num_axes(self) -> int:
+        """How many axes there must be, at least."""
+        if self.name == "permute":
+            return len(self.arguments[0])
+        return max(int(a) + 1 if a >= 0 else -int(a) for a in self.arguments)
+
     def slots(self, z: Tensor, values: Sequence[Tensor], others: Sequence[Any], axis: int) -> Tensor:
         return getattr(torch, self.name)(z, *self.arguments)  # type: ignore[no-any-return]
 

@@ -47,6 +47,7 @@ class Slots:
     axes: UnitAxes | None = ROWS
     fresh: float | None = None
     is_own: bool = True
+    is_weight: bool = False
 
     @property
     def is_renewed(self) -> bool:
@@ -62,18 +63,17 @@ class Slots:
         """The units' rows, (num_units, *row_shape); of a value that all share, that value for each."""
         if self.axes is None:
             return self.tensor.detach().reshape(1).expand(len(units))
-        return _flat(self.axes.take(self.tensor.detach(), units))
+        return self._shaped(self.axes.take(self.tensor.detach(), units))
 
     def rows(self) -> Tensor:
         """All units' rows, or the one value that they share, (1,)."""
         if self.axes is None:
             return self.tensor.detach().reshape(1)
-        return _flat(self.axes.rows(self.tensor.detach()))
+        return self._shaped(self.axes.rows(self.tensor.detach()))
 
-
-def _flat(rows: Tensor) -> Tensor:
-    """One value a unit is a vector, whatever axes of size 1 the tensor has."""
-    return rows.reshape(len(rows)) if rows.numel() == len(rows) else rows
+    def _shaped(self, rows: Tensor) -> Tensor:
+        """Beside the weight, one value a unit is a vector, whatever axes of size 1 the tensor has."""
+        return rows.reshape(len(rows)) if rows.numel() == len(rows) and not self.is_weight else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def place_of(
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
     )
     slots = (
-        Slots(weight, *owners[0], use.product.axes),
+        Slots(weight, *owners[0], use.product.axes, is_weight=True),
         _bias_slots(use, owners[0][0]),
         *(Slots(own.tensor, *_owner(reading.scope, own.path), own.axes, own.fresh) for own in use.own),
     )

@@ -35,9 +35,9 @@ class Linear:
         """Pre-activations of the given rows, (num_rows, in), on the last axis."""
         return F.linear(x, weight, bias)
 
-    def example(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
         """A standard normal input to rows (num_units, in)."""
-        return _normal((64, weight.shape[1]), weight, generator)
+        return _normal((64, *[5] * (num_axes - 2), weight.shape[1]), weight, generator)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Convolution:
         channels = first[:, None] + torch.arange(size, device=x.device)
         return x.index_select(axis, channels.reshape(-1))
 
-    def example(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
         """A standard normal input to rows (num_units, in / groups, *kernel), large enough for kernel and padding."""
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
         sizes = (size + 3 + max(self.wrapped_padding, default=0) for size in reach)
@@ -172,7 +172,7 @@ class Contraction:
                 places[letter] = torch.zeros_like(places[letter])
         return x.movedim(axes, tuple(range(len(axes))))[tuple(places[letter] for letter in shared)]
 
-    def example(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
         """A standard normal input to rows (num_units, *row_shape)."""
         row = [letter for letter in self.weight if letter not in self.letters]
         known = dict(zip(self.letters, self.sizes, strict=True)) | dict(zip(row, weight.shape[1:], strict=True))
