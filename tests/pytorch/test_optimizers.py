@@ -1053,6 +1053,14 @@ def test_coupling_along_any_axis_is_refused_where_units_are_not_rows(shape: tupl
     assert everything(trial) == before
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4), (3, 1)], ids=str)
+def test_coupling_is_refused_in_parameters_of_one_row_or_of_one_unit(shape: tuple[int, ...]) -> None:
+    trial = Trial(LayerWise, random_parameters([shape]))
+    trial.step(3)
+    with pytest.raises(OptimizerError, match="LayerWise couples the weights"):
+        owners.refresh([trial.optimizer], trial.parameters[0], torch.tensor([0]), UnitAxes((1,)))
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd-dampening"])
 def test_one_parameter_has_one_layout_as_long_as_rows_are_young(name: str) -> None:
     trial = Trial(TABLE[name], random_parameters([(5, 3)]))
