@@ -95,7 +95,7 @@ def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter, 
     that are not along axis 0 alone learn their state in another layout than their own: there no element's update may
     depend on another's.
     """
-    if axes.num_units(parameter.shape) < 2:
+    if (parameter.shape[0] if axes == ROWS else parameter.numel()) < 2:
         return
     shape = axes.few_units(parameter.shape)
     generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch import corrections
@@ -366,6 +367,52 @@ def test_rows_stop_being_young_when_the_corrections_agree(dtype: torch.dtype, gr
     fresh.optimizer.load_state_dict(row_state(trial))
     trial.step(10, fresh)
     assert_rows_equal_fresh(trial, fresh, 1e-6)
+
+
+@pytest.mark.usefixtures("step_on")
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (6, 2, 3), (3, 4, 2)], ids=str)
+def test_a_row_that_has_grown_up_leaves_the_younger_ones_young(shape: tuple[int, ...], monkeypatch) -> None:
+    make = partial(Adam, lr=0.01, betas=(0.5, 0.9))
+    monkeypatch.setattr(corrections.Corrections, "SWEEP_EVERY", 1)
+    trial = Trial(make, random_parameters([shape]))
+    (parameter,) = trial.parameters
+    for born, row in ((5, 0), (90, 3)):
+        trial.step(born - trial.taken)
+        run(owners.refresh([trial.optimizer], parameter, torch.tensor([row]), AXES[shape]))
+        run(owners.births([trial.optimizer], parameter, torch.tensor([row]), [born], AXES[shape]))
+    twin = nn.Parameter(row_of(parameter, 3))
+    twins: dict[int, tuple[nn.Parameter, Optimizer]] = {3: (twin, make([twin]))}
+    step_beside(trial, twins, 75)  # the first is 160 steps old, the corrections agree from 153 on
+    assert owners.young_rows(trial.optimizer) == {parameter: {3: 90}}
+    step_beside(trial, twins, 10)
+    torch.testing.assert_close(row_of(parameter, 3), twin.detach(), rtol=2e-5, atol=2e-5)
+
+
+def test_correcting_rows_of_axis_0_takes_no_more_kernels_than_it_must() -> None:
+    """As many as the formula has: views of other layouts must cost these rows nothing."""
+    for rows, most in (([1, 3], 9), ([0, 1, 2, 3, 4], 7)):
+        trial = Trial(TABLE["adam"], random_parameters([(5, 3)]))
+        trial.step(3)
+        run(owners.births([trial.optimizer], trial.parameters[0], torch.tensor(rows), [3] * len(rows)))
+        hooks = corrections.CORRECTIONS[trial.optimizer]
+        with Kernels() as kernels:
+            hooks.before_step(trial.optimizer, (), {})
+        trial.optimizer.state[trial.parameters[0]]["step"] += 1
+        with kernels:
+            hooks.after_step(trial.optimizer, (), {})
+        assert len(kernels.names) <= most, kernels.names
+
+
+class Kernels(TorchDispatchMode):
+    """The names of the functions that torch dispatches to, inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def row_state(trial: Trial) -> dict[str, Any]:
@@ -1004,6 +1051,14 @@ def test_coupling_along_any_axis_is_refused_where_units_are_not_rows(shape: tupl
     with pytest.raises(OptimizerError, match=r"Normalizing couples the weights .* of one weight depends on the others"):
         owners.refresh([trial.optimizer], trial.parameters[0], ROWS, AXES[shape])
     assert everything(trial) == before
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4), (3, 1)], ids=str)
+def test_coupling_is_refused_in_parameters_of_one_row_or_of_one_unit(shape: tuple[int, ...]) -> None:
+    trial = Trial(LayerWise, random_parameters([shape]))
+    trial.step(3)
+    with pytest.raises(OptimizerError, match="LayerWise couples the weights"):
+        owners.refresh([trial.optimizer], trial.parameters[0], torch.tensor([0]), UnitAxes((1,)))
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd-dampening"])
