@@ -42,7 +42,7 @@ class Survey:
             self.by_weight[id(entry[2].weight)].append(entry)
         self.callers = self.find_callers()
         self.lookahead = Lookahead(
-            {key: (r.scope, [t.graph for _, t in r.traces]) for key, r in self.readings.items() if r.traces},
+            {key: (r.scope, [t.graph for _, t in r.traces]) for key, r in self.readings.items() if r.has_forward},
             self.callers,
             self.blind_caller,
         )
