@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -104,12 +103,14 @@ def bank_name(owner: nn.Module, attribute: str) -> str:
     return "composite" if original_class(owner).forward in PRODUCERS else f"{attribute}_composite"
 
 
-def owners_of(model: nn.Module, weight: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:
-    """Every module that owns the parameter, and under which name."""
+def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every module that owns a parameter, and under which name, by the parameter's id."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for _, module in modules_of(model):
         for name, parameter in module._parameters.items():
-            if parameter is weight:
-                yield module, name
+            if parameter is not None:
+                owners[id(parameter)].append((module, name))
+    return owners
 
 
 def with_own_slopes(places: dict[str, Place]) -> dict[str, Place]:
