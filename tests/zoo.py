@@ -358,7 +358,7 @@ class Gates(nn.Module):
 
 
 class Attended(nn.Module):
-    """A softmax couples units; a fast path may bypass an encoder layer's linears."""
+    """A softmax couples units; a fast path would bypass an encoder layer's linears."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -564,10 +564,9 @@ ZOO = (
         "attended",
         Attended,
         lambda: (torch.randn(2, 3, 8),),
-        {},
+        {"encoder.linear1": "relu"},
         {
-            "encoder.linear1": "TransformerEncoderLayer, which can bypass Python",
-            "encoder.linear2": "TransformerEncoderLayer, which can bypass Python",
+            "encoder.linear2": "'dropout' is random",
             "encoder.self_attn": "fused attention",
             "encoder.self_attn.out_proj": "fused attention",
             "logits": "'softmax' couples units",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Call:
 def default_call(module: nn.Module, method: str = "forward") -> Call:
     """The call with a tensor for each argument that has no default, and the defaults for the rest."""
     names, parts = [], []
-    for parameter in list(inspect.signature(getattr(original_class(module), method)).parameters.values())[1:]:
+    for parameter in _parameters(getattr(original_class(module), method))[1:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             value: Description = ("dict", (), ())
         elif parameter.kind is parameter.VAR_POSITIONAL:
@@ -39,6 +40,12 @@ def default_call(module: nn.Module, method: str = "forward") -> Call:
         names.append(parameter.name)
         parts.append(value)
     return Call(tuple(names), tuple(parts))
+
+
+@functools.lru_cache(maxsize=4096)
+def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """The parameters of a function: a model asks for those of the same few functions in every module."""
+    return tuple(inspect.signature(function).parameters.values())
 
 
 def describe(value: Any, leaves: list[Any], constant_numbers: bool = False) -> Description:
@@ -66,7 +73,7 @@ def unbind(function: Callable[..., Any], module: Any, bound: Mapping[str, Any]) 
     """Call a function of a module with its arguments by name, respecting positional-only and starred ones."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+    for parameter in _parameters(function)[1:]:
         value = bound[parameter.name]
         if parameter.kind is parameter.VAR_POSITIONAL:
             args.extend(value)

@@ -70,7 +70,8 @@ class Lookahead:
     graphs: dict[int, tuple[nn.Module, Sequence[fx.Graph]]]  # id of a scope -> it, its graphs
     callers: dict[int, list[tuple[nn.Module, fx.Node]]]  # id of a module -> the scopes and nodes that call it
     blind: Callable[[nn.Module], str | None]  # a caller of a scope that could not be traced, by name
-    seen: set[int] = field(default_factory=set)
+    pending: list[tuple[nn.Module, fx.Node]] = field(default_factory=list)  # values still to be followed
+    harmless: dict[bool, set[int]] = field(default_factory=lambda: {False: set(), True: set()})
     needs_proof: bool = True
 
     def why_not(self, scope: nn.Module, node: fx.Node, *, needs_proof: bool = True) -> str | None:
@@ -79,17 +80,24 @@ class Lookahead:
         With `needs_proof` every use must be known to be harmless; without, only a function that is not defined for
         negative values counts (a ReLU's value under a square root: a composite of ReLUs can be negative).
         """
-        self.seen, self.needs_proof = set(), needs_proof
-        return self._uses(scope, node)
+        self.pending, self.needs_proof = [(scope, node)], needs_proof
+        harmless, seen = self.harmless[needs_proof], set[int]()
+        while self.pending:
+            scope, node = self.pending.pop()
+            if id(node) not in seen and id(node) not in harmless:
+                seen.add(id(node))
+                if reason := _first(self._use(scope, node, user) for user in node.users):
+                    return reason
+        harmless |= seen  # all that can be reached from these was looked at: the next site need not do it again
+        return None
 
     def _doubt(self, reason: str) -> str | None:
         return reason if self.needs_proof else None
 
     def _uses(self, scope: nn.Module, node: fx.Node) -> str | None:
-        if id(node) in self.seen:
-            return None
-        self.seen.add(id(node))
-        return _first(self._use(scope, node, user) for user in node.users)
+        """Follow the value of a node as well: in its turn, since models are deeper than Python's stack."""
+        self.pending.append((scope, node))
+        return None
 
     def _use(self, scope: nn.Module, node: fx.Node, user: fx.Node) -> str | None:
         if user.op == "output":

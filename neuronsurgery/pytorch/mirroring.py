@@ -193,6 +193,17 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     return root
 
 
+def modules_under(root: nn.Module) -> Iterator[nn.Module]:
+    """As `root.modules()`, without a generator for every level, which a deep model pays for at each of its modules."""
+    pending, seen = [root], set[int]()
+    while pending:
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            pending.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
 def child_names(module: nn.Module) -> tuple[str, ...]:
     """The names of a module's children as its own code sees them, without a bank."""
     children = module.__dict__["_modules"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -162,9 +163,11 @@ def bank_name(owner: nn.Module, attribute: str) -> str:
     return "composite" if is_producer(owner) else f"{attribute}_composite"
 
 
-def owners_of(model: nn.Module, weight: Tensor) -> Iterator[tuple[nn.Module, str]]:
-    """Every module that owns the parameter, and under which name."""
+def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every module that owns a parameter or buffer, and under which name, by the tensor's id."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for _, module in modules_of(model):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is weight:
-                yield module, name
+            if tensor is not None:
+                owners[id(tensor)].append((module, name))
+    return owners

@@ -20,6 +20,7 @@ from torch import fx, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
+from neuronsurgery.pytorch.fused import overrides
 from neuronsurgery.pytorch.insertion import Rewrite, insert_banks
 from neuronsurgery.pytorch.mirroring import Guard, original_class
 from neuronsurgery.pytorch.tracing import trace
@@ -65,6 +66,8 @@ def generated_class(cls: Any, program: Program) -> type:
     }
     if own is not None:
         namespace["forward"] = own(cls.forward)
+    has_banks = any(rewrite.bank is not None for rewrite in program.rewrites)
+    namespace |= overrides(cls, program.methods, has_banks, namespace.get("forward", cls.forward))
     generated: type[nn.Module] = type(cls)(cls.__name__, (Rewritten, cls), namespace)
     return generated
 

@@ -12,6 +12,7 @@ from torch import nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fused import is_fused_layer, readable_method, why_not_readable
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
@@ -35,6 +36,11 @@ class Reading:
     def is_sequential(self) -> bool:
         return original_class(self.scope).forward is nn.Sequential.forward
 
+    @property
+    def has_forward(self) -> bool:
+        """Whether the forward itself was traced, so that what enters the scope can be followed."""
+        return any(method == "forward" for method, _ in self.traces)
+
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -51,26 +57,26 @@ def is_torch(module: nn.Module) -> bool:
 
 
 def scopes_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with a forward of their own: the user's, and Sequentials."""
+    """The modules with a forward of their own: the user's, Sequentials, and torch's layers with a readable block."""
     return ((name, module) for name, module in modules_of(model) if is_scope(module))
 
 
 def is_scope(module: nn.Module) -> bool:
-    """Whether a module has a forward of its own, which calls children or functions."""
+    """Whether a module has a forward of its own, which calls children or functions, and can be read in part."""
     forward: Any = getattr(original_class(module), "forward", None)
     is_defined = forward is not None and forward is not nn.Module.forward and not is_producer(module)
-    return is_defined and (not is_torch(module) or forward is nn.Sequential.forward)
+    return is_defined and (not is_torch(module) or forward is nn.Sequential.forward or is_fused_layer(module))
 
 
 def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> Reading:
     """Trace a scope's forward in both modes, and the methods beside it that compute with the scope's own children."""
     reading = Reading(name, scope, inline=inline)
-    if "forward" in vars(scope):
-        label = original_class(scope).__name__
-        reading.failure = UntraceableError(f"{label}.forward was replaced on the instance")
+    if reason := why_not_readable(scope):
+        reading.failure = UntraceableError(reason)
         return reading
+    main = readable_method(scope)
     try:
-        reading.traces = [("forward", traced) for traced in _traces(scope, "forward", inline)]
+        reading.traces = [(main, traced) for traced in _traces(scope, main, inline)]
     except UntraceableError as error:
         reading.failure = error
         return reading

@@ -12,7 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,15 +39,22 @@ class Read:
 
 def methods_of(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The functions a user may call on a module beside its forward, defined by its own classes (not by torch)."""
+    yield from _methods_of_class(cast(Any, original_class(module)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _methods_of_class(owner: Any) -> tuple[tuple[str, Callable[..., Any]], ...]:
     seen = {"forward"}
-    for cls in original_class(module).__mro__:
+    found: list[tuple[str, Callable[..., Any]]] = []
+    for cls in owner.__mro__:
         if cls.__module__.partition(".")[0] in ("torch", "builtins", "abc", "typing"):
             continue
         for name, value in vars(cls).items():
             function = value.fget if isinstance(value, property) else value
             if name not in seen and inspect.isfunction(function) and not name.startswith(_HARMLESS):
-                yield name, function
+                found.append((name, function))
             seen.add(name)
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=4096)

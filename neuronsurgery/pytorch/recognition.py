@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, UnitFunction
-from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 from neuronsurgery.pytorch.unitwise import Earlier, Kind, Other, PerUnit, Step, evaluate, qualified_name
@@ -187,14 +187,36 @@ def function_of_module(module: nn.Module, shape: UnitShape | None = None) -> Uni
     shape = UnitShape(None, ()) if shape is None else shape
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module"
+    likeness = _likeness(module)
+    for guards, known in _KNOWN.get(likeness, ()):
+        if all(guard.holds(module) for guard in guards):
+            return known
     call = default_call(module)
     if [part for part in call.description if part == ("tensor",)] != [("tensor",)]:
         return f"{original_class(module).__name__} takes other than one tensor"
     try:
-        graph = trace(module, "forward", call).graph
+        traced = trace(module, "forward", call)
     except UntraceableError as error:
         return f"{original_class(module).__name__} is not unit-wise ({error.reason})"
-    return _function_of_graph(graph, module, shape)
+    found = _function_of_graph(traced.graph, module, shape)
+    if likeness is not None:
+        alike = _KNOWN.setdefault(likeness, [])
+        del alike[: -_MOST_ALIKE + 1]
+        alike.append((traced.guards, found))
+    return found
+
+
+_KNOWN: dict[Any, list[tuple[tuple[Guard, ...], UnitSteps | str]]] = {}
+"""What was found of torch's own modules, and the guards under which the next one like them is the same."""
+_MOST_ALIKE = 16  # settings of one class that are kept (slopes, modes)
+
+
+def _likeness(module: nn.Module) -> Any:
+    """What a trace may depend on beside its guards; None for a user's class, and where there are tensors of its own."""
+    cls = original_class(module)
+    if cls.__module__.partition(".")[0] != "torch" or module._modules or module._parameters or module._buffers:
+        return None
+    return cls, cls.forward
 
 
 def _function_of_graph(graph: fx.Graph, module: nn.Module, shape: UnitShape) -> UnitSteps | str:

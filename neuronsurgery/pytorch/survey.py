@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,10 +30,14 @@ from neuronsurgery.pytorch.reading import (
     targets_of,
 )
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
+from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
 
 __all__ = ["Survey"]
+
+Reach = tuple[nn.Module, str, Read | None, Any]
+"""The owner and label of an untraced function, how it reads (None: its source is not to be had), and what it reads."""
 
 
 class Survey:
@@ -39,6 +46,7 @@ class Survey:
     def __init__(self, model: nn.Module, outputs: tuple[Tensor, ...], include: frozenset[str]) -> None:
         self.model, self.outputs, self.include = model, outputs, include
         self.names = {id(m): n for n, m in reversed(list(modules_of(model)))}
+        self.known_uses: dict[fx.Graph, list[Use]] = {}
         self.readings = {id(m): read(n, m) for n, m in scopes_of(model)}
         for reading in self.readings.values():
             self.inline_straddled(reading)
@@ -46,20 +54,19 @@ class Survey:
             (reading, method, use)
             for reading in self.readings.values()
             for method, traced in reading.traces
-            for use in find_uses(traced.graph, reading.scope)
+            for use in self.uses_in(traced, reading.scope)
         ]
         self.by_weight: dict[int, list[tuple[Reading, str, Use]]] = defaultdict(list)
         for entry in self.uses:
             self.by_weight[id(entry[2].weight)].append(entry)
+        self.owners = owners_of(model)
+        self.inlined = {id(submodule(r.scope, path)) for r in self.readings.values() for path in r.inline}
+        self.tensor_reads = self.find_tensor_reads()
+        self.reached = self.find_reached()
         self.callers = self.find_callers()
-        self.reads: dict[int, list[tuple[Reading, fx.Node]]] = defaultdict(list)
-        for reading in self.readings.values():
-            for _, traced in reading.traces:
-                for node, tensor in get_attr_reads(traced.graph, reading.scope):
-                    self.reads[id(tensor)].append((reading, node))
         self.joined: dict[int, str] = {}  # id of an activation's node -> the site whose units come out there
         self.lookahead = Lookahead(
-            {key: (r.scope, [t.graph for _, t in r.traces]) for key, r in self.readings.items() if r.traces},
+            {key: (r.scope, [t.graph for _, t in r.traces]) for key, r in self.readings.items() if r.has_forward},
             self.callers,
             self.blind_caller,
         )
@@ -89,8 +96,14 @@ class Survey:
         inner = self.readings.get(id(child))
         if inner is None or has_hooks(child) or len(node.users) != 1:
             return False
-        is_open = any(use.followed.is_open for _, t in inner.traces for use in find_uses(t.graph, inner.scope))
+        is_open = any(use.followed.is_open for _, t in inner.traces for use in self.uses_in(t, inner.scope))
         return is_open and next(iter(node.users)).op != "output"
+
+    def uses_in(self, traced: Trace, scope: nn.Module) -> list[Use]:
+        """The producers in a traced function of a scope, followed once: every caller of the scope asks for them."""
+        if traced.graph not in self.known_uses:
+            self.known_uses[traced.graph] = find_uses(traced.graph, scope)
+        return self.known_uses[traced.graph]
 
     def find_callers(self) -> dict[int, list[tuple[nn.Module, fx.Node]]]:
         callers: dict[int, list[tuple[nn.Module, fx.Node]]] = defaultdict(list)
@@ -103,13 +116,34 @@ class Survey:
 
     def blind_caller(self, scope: nn.Module) -> str | None:
         """An untraced function that may call the scope: a method of an ancestor, or a forward that cannot be read."""
-        for owner, label, reads in self.untraced_functions():
-            if reads is None:
-                if any(module is scope for module in owner.modules()) and owner is not scope:
-                    return label
-            elif any(target is scope and found.is_call for found, target in targets_of(owner, reads)):
+        for owner, label, found, _ in self.reaching({id(scope)}):
+            if (owner is not scope) if found is None else found.is_call:
                 return label
         return None
+
+    def find_tensor_reads(self) -> dict[int, list[tuple[Reading, fx.Node]]]:
+        """Where traced functions read a tensor directly, by its id."""
+        reads: dict[int, list[tuple[Reading, fx.Node]]] = defaultdict(list)
+        for reading in self.readings.values():
+            for _, traced in reading.traces:
+                for node, tensor in get_attr_reads(traced.graph, reading.scope):
+                    reads[id(tensor)].append((reading, node))
+        return reads
+
+    def find_reached(self) -> dict[int, list[tuple[int, Reach]]]:
+        """Which untraced functions read a module or parameter, by its id, each with its place in their order."""
+        reached: dict[int, list[tuple[int, Reach]]] = defaultdict(list)
+        order = itertools.count()
+        for owner, label, reads in self.untraced_functions():
+            found = ((None, m) for m in owner.modules()) if reads is None else targets_of(owner, reads)
+            for how, target in found:
+                reached[id(target)].append((next(order), (owner, label, how, target)))
+        return reached
+
+    def reaching(self, ids: set[int]) -> list[Reach]:
+        """The untraced functions that read anything with these ids, in their order."""
+        found = sorted((entry for key in ids for entry in self.reached.get(key, ())), key=operator.itemgetter(0))
+        return [reach for _, reach in found]
 
     def untraced_functions(self) -> Iterator[tuple[nn.Module, str, tuple[Read, ...] | None]]:
         for _, module in modules_of(self.model):
@@ -124,14 +158,16 @@ class Survey:
 
     def without_needless_inlining(self, places: dict[str, Place]) -> dict[str, Place]:
         """Where no accepted site straddles an inlined child, the child stays opaque: its own scope holds the sites."""
+        homes: dict[int, list[tuple[Place, Home]]] = defaultdict(list)
+        for place in places.values():
+            for home in place.homes:
+                homes[id(home.scope)].append((place, home))
         needed = {
             id(scope): frozenset(
                 path
                 for path in reading.inline
-                for place in places.values()
-                for home in place.homes
-                if home.scope is scope
-                and home.producer.startswith(f"{path}.")
+                for place, home in homes[id(scope)]
+                if home.producer.startswith(f"{path}.")
                 and not any(other.scope is submodule(scope, path) for other in place.homes)
             )
             for scope, reading in ((r.scope, r) for r in self.readings.values())
@@ -165,7 +201,7 @@ class Survey:
 
     def judge(self, name: str, weight: nn.Parameter) -> Place | str:
         """The site of a weight, or the reason why it is none."""
-        owners = list(owners_of(self.model, weight))
+        owners = self.owners[id(weight)]
         entries = [e for e in self.by_weight.get(id(weight), ()) if not self.is_superseded(e)]
         reason = (
             _unfit(weight)
@@ -189,11 +225,7 @@ class Survey:
         reading, _, use = entry
         if not use.followed.is_open:
             return False
-        calls = self.callers.get(id(reading.scope), [])
-        inlined = any(
-            reading.scope is submodule(other.scope, path) for other in self.readings.values() for path in other.inline
-        )
-        return inlined and not calls
+        return id(reading.scope) in self.inlined and not self.callers.get(id(reading.scope))
 
     def unread(self, name: str, owners: list[tuple[nn.Module, str]], has_uses: bool) -> str:
         if has_uses:
@@ -222,7 +254,7 @@ class Survey:
                 return f"its weight is also the {attribute} of '{self.names[id(owner)]}'"
             if not produces and is_torch(owner) and not isinstance(owner, CONTAINERS):
                 return f"its weight is also read by '{self.names[id(owner)]}', a {original_class(owner).__name__}"
-        for reading, node in self.reads[id(weight)]:
+        for reading, node in self.tensor_reads.get(id(weight), ()):
             users = [user for user in node.users if id(user) not in own or _times_read(user, node) > 1]
             if weighty := _beyond_metadata(users):
                 return f"its weight is also read by '{weighty}' in {original_class(reading.scope).__name__}"
@@ -232,11 +264,11 @@ class Survey:
         """Whether nothing but the site of a weight reads a tensor: its bias, or one that its path passes."""
         uses = [use for _, _, use in self.by_weight[id(weight)]]
         nodes = {id(node) for use in uses for node in (use.node, *(n for link in use.links for n in link.nodes))}
-        producers = {id(module) for module, _ in owners_of(self.model, weight)}
-        holders = {id(module) for module, _ in owners_of(self.model, tensor)} - producers
+        producers = {id(module) for module, _ in self.owners[id(weight)]}
+        holders = {id(module) for module, _ in self.owners[id(tensor)]} - producers
         if not holders <= {id(owner)}:
             return False
-        readers = [user for _, node in self.reads[id(tensor)] for user in node.users]
+        readers = [user for _, node in self.tensor_reads[id(tensor)] for user in node.users]
         if holders and not is_scope(owner):
             readers += [call for _, call in self.callers.get(id(owner), ())]
         return all(id(reader) in nodes for reader in readers)
@@ -253,18 +285,15 @@ class Survey:
         for scope, use in homes:
             inside |= _between(scope, use.producer)
         scopes = {id(scope) for scope, _ in homes}
-        for owner, label, reads in self.untraced_functions():
-            if reads is None:
-                if any(id(module) in inside for module in owner.modules()):
-                    return f"used by {label}, whose source is not to be had"
-                continue
-            for found, target in targets_of(owner, reads):
-                if target is weight and not found.is_call:
-                    return f"used by {label}"
-                if id(target) in inside and (id(target) not in scopes or target is owner) and target is not owner:
-                    reading = self.readings.get(id(owner))
-                    why = reading.unread.get(label.rsplit(".", 1)[-1], "") if reading else ""
-                    return f"used by {label}" + (f", which {why.partition(' ')[2]}" if why else "")
+        for owner, label, found, target in self.reaching(inside | {id(weight)}):
+            if found is None:
+                return f"used by {label}, whose source is not to be had"
+            if target is weight and not found.is_call:
+                return f"used by {label}"
+            if id(target) in inside and (id(target) not in scopes or target is owner) and target is not owner:
+                reading = self.readings.get(id(owner))
+                why = reading.unread.get(label.rsplit(".", 1)[-1], "") if reading else ""
+                return f"used by {label}" + (f", which {why.partition(' ')[2]}" if why else "")
         return ""
 
     def relied_on(
@@ -291,7 +320,7 @@ class Survey:
         """Producers of kinds that are never sites."""
         declined: dict[str, str] = {}
         for name, module in self.model.named_modules():
-            if name in known or any(name.startswith(f"{other}.") for other in declined):
+            if name in known or any(ancestor in declined for ancestor in _ancestors(name)):
                 continue
             if reason := _never_a_site(module):
                 declined[name] = reason
@@ -357,6 +386,12 @@ def _between(scope: nn.Module, producer: str) -> set[int]:
         module = child
         inside.add(id(module))
     return inside
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The names of the modules above one, the root left out."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _never_a_site(module: nn.Module) -> str:

@@ -38,6 +38,7 @@ from neuronsurgery.pytorch.mirroring import (
     Reads,
     child_names,
     mirror_of,
+    modules_under,
     original_class,
     path_of,
     submodule,
@@ -120,7 +121,7 @@ class Tracer(GraphAppendingTracer):
             self.registered.setdefault(id(tensor), (tensor, name))
 
     def mirrored(self, root: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-        for original in root.modules():
+        for original in modules_under(root):
             if id(original) in self.mirrors and not isinstance(original, torch.jit.ScriptModule):
                 yield original, self.mirrors[id(original)]
 
