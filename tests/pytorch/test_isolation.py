@@ -189,6 +189,7 @@ def test_an_act_beside_computing_is_refused_with_its_reason_and_leaves_nothing(
 ):
     act, words = ACTS[name]
     monkeypatch.chdir(tmp_path)
+    surgery.discover(Net())  # imports are done now
     model = net(act)()
     hooks = [dict(getattr(m, kind)) for m in model.modules() for kind in ("_forward_hooks", "_forward_pre_hooks")]
     before, classes = surroundings(), dict(vars(type(model)))
