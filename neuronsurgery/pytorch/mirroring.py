@@ -7,8 +7,10 @@ read becomes a **guard**: the traced program is used only while the guard still 
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
+import threading
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import Composite
 
-__all__ = ["Guard", "Impurity", "Mirror", "mirror_of", "original_class"]
+__all__ = ["Guard", "Impurity", "Mirror", "mirror_of", "original_class", "unswallowed"]
 
 Steps = tuple[tuple[str, Any], ...]
 
@@ -27,8 +29,40 @@ Steps = tuple[tuple[str, Any], ...]
 class Impurity(BaseException):
     """Something in a forward that a recorded program could not repeat soundly; its text is the reason.
 
-    No `Exception`: a forward that catches those must not swallow it.
+    No `Exception`: a forward that catches those must not swallow it. One that catches everything does, so each is
+    noted where it is made, see `unswallowed`.
     """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        noted: list[Impurity] | None = getattr(_NOTED, "impurities", None)
+        if noted is not None:
+            noted.append(self)
+
+
+_NOTED = threading.local()
+
+
+@contextlib.contextmanager
+def unswallowed() -> Iterator[None]:
+    """Raise the first Impurity made inside, also if the code in between caught it.
+
+    Raises:
+        Impurity: one was made.
+    """
+    outer = getattr(_NOTED, "impurities", None)
+    noted: list[Impurity] = []
+    _NOTED.impurities = noted
+    try:
+        yield
+    except (Exception, Impurity) as error:
+        if noted and error is not noted[0]:
+            raise noted[0] from error
+        raise
+    finally:
+        _NOTED.impurities = outer
+    if noted:
+        raise noted[0]
 
 
 class Absent(enum.Enum):
@@ -113,6 +147,8 @@ class Mirror:
             return value
         if name == "_modules":
             listener.read_children(self)
+        elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            raise Impurity(f"adds, removes or looks at hooks ({name})")
         elif name not in _MACHINERY:
             return listener.read_attribute(self, name, value)
         return value

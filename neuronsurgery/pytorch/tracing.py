@@ -13,22 +13,20 @@ import dis
 import inspect
 import itertools
 import linecache
-import random
+import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.ambient import ambient_untouched
 from neuronsurgery.pytorch.calls import Call, Description, is_namedtuple, unbind
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import (
@@ -42,7 +40,9 @@ from neuronsurgery.pytorch.mirroring import (
     original_class,
     path_of,
     submodule,
+    unswallowed,
 )
+from neuronsurgery.pytorch.outside import Outside
 
 __all__ = ["Trace", "trace"]
 
@@ -79,7 +79,7 @@ def trace(
     tracer = Tracer(module, inline, training)
     function = inspect.getattr_static(original_class(module), method)
     try:
-        with _ambient_refused(), _rng_untouched(), Recording(tracer):
+        with unswallowed(), ambient_untouched(), _outside_untouched(tracer, method), Recording(tracer):
             bound = tracer.placeholders(call)
             result = unbind(function, tracer.mirror, bound)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
@@ -89,10 +89,23 @@ def trace(
     return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()))
 
 
+@contextlib.contextmanager
+def _outside_untouched(tracer: Tracer, method: str) -> Iterator[None]:
+    """Put back what the forward changed of globals, closures and classes, and refuse it."""
+    inlined = [(original_class(submodule(tracer.module, path)), "forward") for path in sorted(tracer.inline)]
+    outside = Outside([(original_class(tracer.module), method), *inlined], [type(tracer.mirror)])
+    changed = ""
+    try:
+        yield
+    finally:
+        changed = outside.put_back()
+    if changed:
+        raise Impurity(f"changes '{changed}', which lies outside of the module")
+
+
 def _untraceable(error: Exception | Impurity, module: nn.Module, method: str) -> UntraceableError:
-    here = __file__.rsplit("/", 1)[0]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
-    own = [f for f in frames if not any(part in f.filename for part in _LIBRARIES)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OWN)]
+    own = [f for f in frames if not _is_library(f.filename)]
     reason = str(error).split("\n")[0] or type(error).__name__
     if isinstance(error, TraceError):
         reason = f"control flow on tensor values or shapes ({reason})"
@@ -101,7 +114,15 @@ def _untraceable(error: Exception | Impurity, module: nn.Module, method: str) ->
     return UntraceableError(f"{label} cannot be traced: {reason}", *place)
 
 
-_LIBRARIES = ("/torch/", contextlib.__file__, mock.__file__)
+def _is_library(filename: str) -> bool:
+    """Whether a file is one of torch's, numpy's, einops's or Python's own, so that no user wrote the line."""
+    is_python = filename.startswith((_STANDARD, "<frozen")) and "site-packages" not in filename
+    return is_python or any(f"site-packages{os.sep}{name}{os.sep}" in filename for name in _LIBRARIES)
+
+
+_OWN = os.path.dirname(__file__)
+_STANDARD = os.path.dirname(os.__file__)
+_LIBRARIES = ("torch", "numpy", "einops")
 
 
 # -- the tracer ------------------------------------------------------------------------------------------------------
@@ -348,53 +369,3 @@ def _registered_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     yield (f"{prefix}.{name}" if prefix else name), tensor
-
-
-_AMBIENT = {
-    "is_grad_enabled": "asks torch.is_grad_enabled(), or switches gradients on or off",
-    "is_inference_mode_enabled": "asks torch.is_inference_mode_enabled()",
-    "is_autocast_enabled": "asks torch.is_autocast_enabled()",
-    "get_autocast_dtype": "opens an autocast block, or asks for its dtype",
-}
-
-
-@contextlib.contextmanager
-def _ambient_refused() -> Iterator[None]:
-    """Reads of process-wide switches, and autocast blocks, raise in this thread: a graph would bake in or drop them."""
-    thread = threading.get_ident()
-
-    def refusing(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
-        def refuse(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                raise Impurity(reason)
-            return function(*args, **kwargs)
-
-        return refuse
-
-    autocast = torch.amp.autocast_mode.autocast
-    with contextlib.ExitStack() as stack:
-        for name, reason in _AMBIENT.items():
-            stack.enter_context(mock.patch.object(torch, name, refusing(getattr(torch, name), reason)))
-        entering = refusing(autocast.__enter__, "opens an autocast block")
-        stack.enter_context(mock.patch.object(autocast, "__enter__", entering))
-        yield
-
-
-@contextlib.contextmanager
-def _rng_untouched() -> Iterator[None]:
-    """Random numbers of Python and numpy would be baked in: drawing any is refused, the states are put back."""
-    python, legacy = random.getstate(), np.random.get_state(legacy=False)
-    try:
-        yield
-        if random.getstate() != python or not _is_same(np.random.get_state(legacy=False), legacy):
-            raise Impurity("draws random numbers from Python or numpy")
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two states of numpy's generator, nested dictionaries of numbers and arrays, are equal."""
-    if isinstance(a, dict):
-        return all(_is_same(value, b[key]) for key, value in a.items())
-    return bool(np.array_equal(a, b))
