@@ -56,7 +56,9 @@ def outcome(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], seed: i
     leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     products = _Products()
     with products:
-        given = pytree.tree_map_only(Tensor, lambda x: x.clone(), inputs)  # no leaf, so that a forward may work in place
+        given = pytree.tree_map_only(
+            Tensor, lambda x: x.clone(), inputs
+        )  # no leaf, so that a forward may work in place
         result = model(**given) if isinstance(given, Mapping) else model(*given)
     outputs = tuple(t for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
     scales = tuple(max(largest(y), products.floor_of(y)) for y in outputs)

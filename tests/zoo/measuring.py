@@ -16,7 +16,7 @@ from tests.assertions import Outcome, outcome, output_errors
 from tests.zoo.observing import Hidden, hidden_units
 from tests.zoo.specimen import Batch, Specimen, run
 
-__all__ = ["Census", "Declined", "Operated", "census", "operated"]
+__all__ = ["Census", "Declined", "Operated", "census", "operated", "producers_of"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,15 @@ def _judged(
     return Census(specimen, hidden.num_units, num_operable, declined, unseen, seconds)
 
 
+def producers_of(model: nn.Module, site: str) -> list[str]:
+    """The parameters that hold the units of a site, by name."""
+    return [name for name, aliases in _aliases(model).items() if site in aliases and not _is_bias(name)]
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("bias")
+
+
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """What discovery may call the producer that owns a parameter: the module, or the parameter, by any of its names."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -105,12 +114,15 @@ class Operated:
     """Mode -> the largest error of an output over the operations, relative to its scale (`tests.assertions`)."""
     num_operated: tuple[int, ...]
     """How many units each operation replaced."""
+    first_slots: Mapping[str, Tensor]
+    """The parameters right after the first operation."""
+    sites: surgery.Sites
 
     def step(self) -> Tensor:
         """One training step; the gradients stay."""
         self.optimizer.zero_grad()
         loss = self.specimen.loss(run(self.model, self.specimen.example()))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         return loss.detach()
 
@@ -120,15 +132,17 @@ def operated(specimen: Specimen) -> Operated:
     model, batch = specimen.make(), specimen.example()
     optimizer = Adam(model.parameters(), lr=1e-3)
     errors, counts = dict[str, float](), list[int]()
-    subject = Operated(specimen, model, optimizer, errors, ())
+    slots = dict[str, Tensor]()
+    subject = Operated(specimen, model, optimizer, errors, (), slots, surgery.discover(model, example=batch))
     for criterion in (surgery.Random(1.0), surgery.Random(0.5, seed=1), surgery.Random(0.5, seed=2)):
         before = _outcomes(model, batch)
         counts.append(_operate(model, batch, criterion, optimizer))
+        slots = slots or {name: p.detach().clone() for name, p in model.named_parameters()}
         for mode, after in _outcomes(model, batch).items():
             errors[mode] = max([errors.get(mode, 0.0), *output_errors(before[mode], after)])
         for _ in range(NUM_STEPS_BETWEEN):
             subject.step()
-    return replace(subject, num_operated=tuple(counts))
+    return replace(subject, num_operated=tuple(counts), first_slots=slots)
 
 
 def _operate(model: nn.Module, batch: Batch, criterion: surgery.Criterion, optimizer: Optimizer) -> int:

@@ -31,7 +31,8 @@ ACTIVATIONS = frozenset(
     "hardsigmoid log_sigmoid_forward tanh hardtanh clamp clamp_min clamp_max rrelu_with_noise "
     "rrelu_with_noise_functional glu abs exp expm1 sin cos tan sinh cosh atan asinh erf".split()
 )
-"""What counts as an activation function. Powers, roots and logarithms do not: norms and likelihoods are made of them."""
+"""What counts as an activation function. Powers, roots and logarithms do not: norms and likelihoods are made of them.
+"""
 MOVING = frozenset(
     "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze slice select split "
     "split_with_sizes chunk unsafe_chunk unsafe_split unbind clone contiguous _to_copy detach alias lift_fresh index "
@@ -132,7 +133,7 @@ class _Observer(TorchDispatchMode):
     def weights(
         self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], outputs: list[Tensor]
     ) -> list[tuple[tuple[Tensor, ...], bool]]:
-        """What is computed from parameters and buffers alone is a weight, its elements placed as in the first of them."""
+        """What comes from parameters and buffers alone is a weight, its elements placed as in the first of them."""
         if name in MOVING and isinstance(args[0], Tensor):
             return [(labels, True) for labels in self.moved(func, args, kwargs)]
         found: list[tuple[tuple[Tensor, ...], bool]] = []

@@ -16,8 +16,9 @@ Batch = tuple[Any, ...] | dict[str, Any]
 """The arguments of one call of a model."""
 
 Exemption = Literal["recurrent", "fused", "tied", "range-bearing", "spectral"]
-"""By construction more than a fifth of the units are: gates of a recurrent cell; in torch's fused layers; computed with
-weights that are read otherwise too; of a range that carries meaning; computed with weights that a spectral norm ties."""
+"""More than a fifth of the units are, by construction: gates of a recurrent cell; in torch's fused layers; computed with
+weights that are read in another role too; of a range that carries meaning; computed with weights under a spectral norm.
+"""
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -59,5 +60,7 @@ class Specimen:
     def example(self) -> Batch:
         """The batch, floating tensors in the model's dtype; the same in every call."""
         torch.manual_seed(1)
-        made: Batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, self.batch())
+        made: Batch = pytree.tree_map_only(
+            Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, self.batch()
+        )
         return made
