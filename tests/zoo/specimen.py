@@ -16,7 +16,7 @@ Batch = tuple[Any, ...] | dict[str, Any]
 """The arguments of one call of a model."""
 
 Exemption = Literal["recurrent", "fused", "tied", "range-bearing", "spectral"]
-"""More than a fifth of the units are, by construction: gates of a recurrent cell; in torch's fused layers; computed with
+"""More than a fifth of the units are, by build: gates of a recurrent cell; in torch's fused layers; computed with
 weights that are read in another role too; of a range that carries meaning; computed with weights under a spectral norm.
 """
 
