@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow lint types spelling format docs constraints clean
+.PHONY: demo test test-slow zoo lint types spelling format docs constraints clean
 
 demo: .venv/.installed
 	$(BIN)/neuronsurgery demo
@@ -22,6 +22,10 @@ test: lint types spelling
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Measures the zoo of models and writes docs/zoo.md.
+zoo: .venv/.installed
+	$(BIN)/python -m benchmarks.zoo
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
@@ -46,7 +50,7 @@ docs: .venv/.installed-docs
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 is %s, 3.10 or newer is needed: make PYTHON=/path/to/python ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0 numpy
-	$(BIN)/pip install -q -e '.[demo,dev]'
+	$(BIN)/pip install -q -e '.[demo,dev,zoo]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed

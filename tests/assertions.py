@@ -21,6 +21,7 @@ __all__ = [
     "assert_unchanged",
     "bank_tensors",
     "outcome",
+    "output_errors",
     "state_of",
 ]
 
@@ -44,21 +45,33 @@ class Outcome:
     gradients: tuple[Tensor | None, ...]
 
 
-def outcome(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0) -> Outcome:
-    """Run a model forward and backward to its inputs, from one random state; gradients and buffers stay."""
+def outcome(model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any], seed: int = 0) -> Outcome:
+    """Run a model forward and backward to its inputs, from one random state; gradients and buffers stay.
+
+    The inputs are the arguments of the call, or its keyword arguments; gradients are those of floating tensors.
+    """
     torch.manual_seed(seed)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    inputs = pytree.tree_map_only(Tensor, _leaf, inputs)
+    leaves = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
     products = _Products()
     with products:
-        result = model(*[x * 1 for x in leaves])  # no leaf, so that a forward may work in place
+        given = pytree.tree_map_only(
+            Tensor, lambda x: x.clone(), inputs
+        )  # no leaf, so that a forward may work in place
+        result = model(**given) if isinstance(given, Mapping) else model(*given)
     outputs = tuple(t for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
     scales = tuple(max(largest(y), products.floor_of(y)) for y in outputs)
     functional = sum((_weighted(y) for y in outputs if y.requires_grad), torch.zeros(()))
-    gradients = torch.autograd.grad(functional, leaves, allow_unused=True) if functional.requires_grad else ()
+    has_gradients = functional.requires_grad and len(leaves) > 0
+    gradients = torch.autograd.grad(functional, leaves, allow_unused=True) if has_gradients else ()
     for buffer, value in buffers:
         buffer.copy_(value)
     return Outcome(tuple(y.detach() for y in outputs), scales, gradients)
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.is_floating_point())
 
 
 def largest(values: Tensor) -> float:
@@ -72,8 +85,14 @@ def _weighted(output: Tensor) -> Tensor:
     return (output * weights).sum()
 
 
+PRODUCTS = (
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.addmm),
+)
+
+
 class _Products(TorchFunctionMode):
-    """Notes sum |weight| |activation| of every linear layer and convolution that runs."""
+    """Notes sum |weight| |activation| of every product that runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +100,8 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (F.linear, F.conv1d, F.conv2d, F.conv3d):
+        is_batched = torch._C._functorch.peek_interpreter_stack() is not None  # inside vmap no number can be had
+        if func in PRODUCTS and not is_batched:
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 absolute = pytree.tree_map_only(Tensor, torch.abs, (args, kwargs or {}))
                 self.floors.append((result, largest(func(*absolute[0], **absolute[1]))))
@@ -95,13 +115,20 @@ class _Products(TorchFunctionMode):
 
 def assert_same_output(before: Outcome, after: Outcome, tolerance: float) -> None:
     """Every output is finite and moved by at most `tolerance` of its scale before."""
+    for index, error in enumerate(output_errors(before, after)):
+        assert error <= tolerance, f"output {index} moved by {error:.3g} of its scale, at most {tolerance:.3g}"
+
+
+def output_errors(before: Outcome, after: Outcome) -> list[float]:
+    """By how much of its scale before each output moved; the outputs correspond, and were finite before."""
     assert len(before.tensors) == len(after.tensors)
+    errors = []
     for index, (old, new) in enumerate(zip(before.tensors, after.tensors, strict=True)):
         assert old.shape == new.shape and old.dtype == new.dtype, (index, old.shape, new.shape, old.dtype, new.dtype)
         assert bool(old.isfinite().all()), f"output {index} was not finite to begin with"
-        if not torch.equal(old, new):
-            error = largest(new.double() - old.double()) / before.scales[index]
-            assert error <= tolerance, f"output {index} moved by {error:.3g} of its scale, at most {tolerance:.3g}"
+        is_same = torch.equal(old, new)
+        errors.append(0.0 if is_same else largest(new.double() - old.double()) / before.scales[index])
+    return errors
 
 
 def assert_same_gradient(before: Outcome, after: Outcome, tolerance: float) -> None:

@@ -32,6 +32,20 @@ def test_assert_same_output_fails_when_an_output_moves_beyond_the_tolerance():
         assert_same_output(before, after, 1e-6)
 
 
+def test_an_outcome_of_keyword_arguments_has_the_gradients_of_floating_ones():
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3)
+
+        def forward(self, *, tokens: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"found": self.embedding(tokens) * scale}
+
+    found = outcome(Lookup(), {"tokens": torch.tensor([1, 4]), "scale": torch.ones(3)})
+    assert [output.shape for output in found.tensors] == [(2, 3)]
+    assert [None if g is None else g.shape for g in found.gradients] == [(3,)]
+
+
 def test_assert_same_output_fails_when_an_output_is_not_finite():
     model, x = network(), [torch.full((5, 3), torch.inf)]
     with pytest.raises(AssertionError, match="not finite"):
