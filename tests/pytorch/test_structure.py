@@ -258,7 +258,8 @@ def test_value_beside_forward_is_right_after_surgery_and_after_training():
         (model(x()).square().sum() + model.value(x()).square().sum()).backward()
         optimizer.step()
     bank: Any = model.hidden.composite
-    h = bank.combine(F.relu(model.hidden(x())), bank(x()))
+    rows = bank.passed(0, bank.path.links[0], bank(x()))
+    h = bank.assemble(F.relu(model.hidden(x())), rows)
     assert torch.allclose(model.actor(h), model(x()), atol=1e-6)
     assert torch.allclose(model.critic(h), model.value(x()), atol=1e-6)
 
