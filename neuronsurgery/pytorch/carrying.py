@@ -19,7 +19,7 @@ from neuronsurgery.pytorch.links import Dropout, Norm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.taps import offset_of, tap
 
-__all__ = ["FORWARDS", "Role", "produce"]
+__all__ = ["FORWARDS", "Role", "carry", "produce"]
 
 
 class Role(enum.Enum):
@@ -59,16 +59,21 @@ def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tenso
 
 
 class Carried(NamedTuple):
-    """What a pre-activation carries: its producer, its frozen rows if any, and of its links those passed and all."""
+    """What a pre-activation carries: its frozen rows if any, and of its links the number passed and of all."""
 
-    producer: nn.Module
+    weight: nn.Parameter
+    bank: Composite | None
     rows: Tensor | None
     num_passed: int
     num_links: int
 
-    @property
-    def bank(self) -> Any:
-        return self.producer._modules.get("composite")
+
+def carry(z: Tensor, weight: nn.Parameter, bank: Composite | None, rows: Tensor | None, num_passed: int) -> Tensor:
+    """The pre-activations themselves, which carry their rows if there are any, or if their activations are observed."""
+    num_links = offset_of(weight) if bank is None else len(bank.path.links)
+    if num_links:
+        setattr(z, CARRIED, Carried(weight, bank, rows, num_passed, num_links))
+    return z
 
 
 CARRIED = "_neuronsurgery_carried"
@@ -82,12 +87,9 @@ def producing(original: Forward) -> Forward:
 
     @functools.wraps(original)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
-        z: Tensor = original(self, input)
         bank: Any = self._modules.get("composite")
-        num_links = offset_of(self) if bank is None else len(bank.path.links)
-        if num_links:
-            setattr(z, CARRIED, Carried(self, None if bank is None else bank(input), 0, num_links))
-        return z
+        weight: Any = self._parameters["weight"]
+        return carry(original(self, input), weight, bank, None if bank is None else bank(input), 0)
 
     return forward
 
@@ -109,18 +111,17 @@ def passing(original: Forward) -> Forward:
         if carried.num_passed < carried.num_links:
             setattr(h, CARRIED, carried)
             return h
-        if rows is not None:
+        if rows is not None and carried.bank is not None:
             h = carried.bank.assemble(h, rows)
-        return tap(carried.producer.weight, h) if offset_of(carried.producer) else h
+        return tap(carried.weight, h) if offset_of(carried.weight) else h
 
     return forward
 
 
 def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Slots and rows past the link that a module is."""
-    bank: Composite = carried.bank
-    index, rows = carried.num_passed, carried.rows
-    assert rows is not None
+    bank, index, rows = carried.bank, carried.num_passed, carried.rows
+    assert bank is not None and rows is not None
     if original_class(module).__qualname__ != bank.path.classes[index]:
         raise _replaced(carried, module)
     link = bank.path.links[index]
@@ -152,9 +153,9 @@ def looping(original: Forward) -> Forward:
             if carried is not None and not is_passing(module):
                 raise _replaced(carried, module)
         carried = carried_by(input)
-        if carried is not None and carried.rows is not None:
+        if carried is not None and carried.rows is not None and not self._neuronsurgery_program.is_open:
             raise SurgeryError(
-                f"this Sequential ends between {type(carried.producer).__name__} and its activation function, and the "
+                f"this Sequential ends between a producer and its activation function {_made_for(carried)}, and the "
                 "producer's units are composite units, which exist only after the activation; take a slice that "
                 "ends behind it, or undo the operation"
             )
@@ -172,14 +173,18 @@ def carried_by(value: Any) -> Carried | None:
 
 
 def is_passing(module: nn.Module) -> bool:
-    """Whether a module takes carried rows on."""
+    """Whether a module takes carried rows on, or is a loop over such."""
     program = getattr(module, "_neuronsurgery_program", None)
-    return program is not None and program.role is Role.PATH
+    return program is not None and program.role in (Role.PATH, Role.SEQUENTIAL)
 
 
 def _replaced(carried: Carried, found: nn.Module) -> SurgeryError:
-    made_for = "" if carried.bank is None else f" {carried.bank.path.classes[carried.num_passed]}"
     return SurgeryError(
-        f"the bank of this {type(carried.producer).__name__} was made for the activation{made_for}, and "
-        f"{original_class(found).__qualname__} stands there now; undo the operation before you change the activation"
+        f"this bank was made for the activation {_made_for(carried)}, and {original_class(found).__qualname__} stands "
+        "there now; undo the operation before you change the activation"
     )
+
+
+def _made_for(carried: Carried) -> str:
+    """The class of the module that has to come next."""
+    return "" if carried.bank is None else carried.bank.path.classes[carried.num_passed]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
-from neuronsurgery.pytorch.carrying import produce
+from neuronsurgery.pytorch.carrying import carry, produce
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.following import LinkUse
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, UnitFunction, is_coupling
@@ -25,11 +25,15 @@ __all__ = ["Rewrite", "insert_banks"]
 
 @dataclass(frozen=True, order=True)
 class Rewrite:
-    """One site in one scope: the paths of the producer and of its bank, if any, and whether it is observed."""
+    """One site in one scope: the paths of the producer and of its bank, if any, and whether it is observed.
+
+    `is_open`: the scope returns its pre-activations, for the next child of a Sequential to take on.
+    """
 
     producer: str
     bank: str | None
     tapped: bool = False
+    is_open: bool = False
 
 
 def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite]) -> tuple[Guard, ...]:
@@ -45,7 +49,7 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
     composites: dict[fx.Node, fx.Node] = {}  # what later sites read, where an activation's node stood
     for use in find_uses(graph, scope):
         if use.producer in wanted:
-            if use.path is None:
+            if use.path is None and not (use.followed.is_open and wanted[use.producer].is_open):
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
             guards += _path_guards(use, scope)
             _insert(graph, use, wanted[use.producer], composites)
@@ -67,7 +71,7 @@ def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
 
 def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Node, fx.Node]) -> None:
     """Evaluate the bank beside its producer, and sum where the activation comes out; observe what consumers get."""
-    h = use.end
+    h = use.last
     rows = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank, composites)
     if rewrite.bank is not None:
         with graph.inserting_after(rows):
@@ -75,11 +79,14 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
         for index, link_use in enumerate(use.links):
             insert = _insert_coupling if is_coupling(link_use.link) else _insert_link
             h, rows = insert(graph, bank, index, link_use, rows, composites)
-        slots = h
-        with graph.inserting_after(slots):  # the last link is a function, which the rows have passed by then
-            h = graph.call_function(assemble, (bank, slots, rows))
-        slots.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
-    if rewrite.tapped:
+        if not rewrite.is_open:
+            slots = h
+            with graph.inserting_after(slots):  # the last link is a function, which the rows have passed by then
+                h = graph.call_function(assemble, (bank, slots, rows))
+            slots.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
+    if rewrite.is_open:
+        _insert_carrying(graph, use, rewrite, h, rows)
+    elif rewrite.tapped:
         with graph.inserting_after(h):
             parameter = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
         with graph.inserting_after(parameter):
@@ -87,6 +94,16 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
         h = tapped
     composites[use.end] = h
+
+
+def _insert_carrying(graph: fx.Graph, use: Use, rewrite: Rewrite, slots: fx.Node, rows: fx.Node) -> None:
+    """Let the pre-activations that the scope returns carry their rows to whoever has the activation function."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    with graph.inserting_before(output):
+        weight = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
+        bank = graph.get_attr(rewrite.bank) if rewrite.bank is not None else None
+        carried = graph.call_function(carry, (slots, weight, bank, rows if bank else None, len(use.links)))
+    output.replace_input_with(slots, carried)
 
 
 def assemble(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Home:
     inline: frozenset[str]
     producer: str  # the producer's path in the scope
     modules: tuple[str, ...]  # the paths of the modules that are its links, "" for a function
+    num_inside: int = 0  # in a Sequential: how many links the child that returns the pre-activation takes itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +113,19 @@ def place_of(
     owners: list[tuple[nn.Module, str]],
     entries: list[tuple[Reading, str, Use]],
     is_own: Callable[[Tensor, nn.Module], bool],
+    num_inside: Callable[[Reading, Use], int],
 ) -> Place:
     """The place of a weight whose uses agree: the first Sequential among them says which modules the path passes."""
     homes = [
-        Home(r.scope, r.name, method, r.inline, use.producer, tuple(link.module for link in use.links))
+        Home(
+            r.scope,
+            r.name,
+            method,
+            r.inline,
+            use.producer,
+            tuple(link.module for link in use.links),
+            num_inside(r, use),
+        )
         for r, method, use in entries
     ]
     reading, _, use = next((e for e in entries if e[0].is_sequential), entries[0])

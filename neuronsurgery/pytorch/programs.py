@@ -36,6 +36,7 @@ class Program:
     rewrites: tuple[Rewrite, ...] = ()
     methods: tuple[str, ...] = ()
     inline: frozenset[str] = frozenset()
+    is_open: bool = False  # a Sequential inside another, which may end between a producer and its activation
 
 
 def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from neuronsurgery.pytorch.carrying import Role
+from neuronsurgery.pytorch.chains import Chain, chain_of, is_sequential
 from neuronsurgery.pytorch.insertion import Rewrite
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, bank_name
@@ -31,46 +33,68 @@ def class_changes(discovery: Discovery, banked: Collection[str]) -> list[Change]
 
 
 def programs_for(discovery: Discovery, banked: Collection[str], tapped: Collection[str]) -> dict[nn.Module, Program]:
-    """For each scope that holds a site with a bank, or one to observe, the program of its class."""
-    homes: dict[nn.Module, list[tuple[Home, Rewrite]]] = {}
+    """For each module that has a part in a site with a bank, or in one to observe, the program of its class."""
+    parts: dict[nn.Module, Part] = {}
     for name, place in discovery.places.items():
         if name in banked or name in tapped:
             for home in place.homes:
-                bank = bank_path(home) if name in banked else None
-                homes.setdefault(home.scope, []).append((home, Rewrite(home.producer, bank, name in tapped)))
-    programs = {module: Program(role) for module, role in children_roles(homes)}
-    return programs | {
-        scope: Program(
-            Role.SEQUENTIAL if is_sequential(scope) else Role.SCOPE,
-            rewrites=tuple(sorted({rewrite for _, rewrite in found}, key=lambda r: r.producer)),
-            methods=tuple(sorted({home.method for home, _ in found})),
-            inline=frozenset().union(*(home.inline for home, _ in found)),
+                for module, part in _parts_of(home, name in banked, name in tapped):
+                    parts[module] = parts[module].joined(part) if module in parts else part
+    return {module: part.program() for module, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one module does for one site, or for several."""
+
+    role: Role
+    rewrites: frozenset[Rewrite] = field(default_factory=frozenset)
+    methods: frozenset[str] = field(default_factory=frozenset)
+    inline: frozenset[str] = field(default_factory=frozenset)
+    is_open: bool = False
+
+    def joined(self, other: Part) -> Part:
+        """Both: who loops over carrying children for one site may be a graph's scope for another's method."""
+        role = other.role if self.role is Role.SCOPE else self.role
+        rewrites, methods = self.rewrites | other.rewrites, self.methods | other.methods
+        return Part(role, rewrites, methods, self.inline | other.inline, self.is_open or other.is_open)
+
+    def program(self) -> Program:
+        """As a value that names a class."""
+        rewrites = tuple(sorted(self.rewrites, key=lambda rewrite: rewrite.producer))
+        return Program(self.role, rewrites, tuple(sorted(self.methods)), self.inline, self.is_open)
+
+
+def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Module, Part]]:
+    """Who takes part in a home: its scope alone, or in a Sequential its children."""
+    if not is_sequential(home.scope) or home.method != "forward":
+        bank = bank_path(home.scope, home.producer) if has_bank else None
+        rewrites = frozenset({Rewrite(home.producer, bank, tapped)})
+        role = Role.SEQUENTIAL if is_sequential(home.scope) else Role.SCOPE
+        yield home.scope, Part(role, rewrites, frozenset({home.method}), home.inline)
+        return
+    chain = chain_of(home.scope, home.producer, home.modules[home.num_inside :])
+    assert isinstance(chain, Chain)
+    outer, *inner = chain.loops
+    yield outer, Part(Role.SEQUENTIAL)
+    yield from ((loop, Part(Role.SEQUENTIAL, is_open=True)) for loop in inner)
+    if chain.inside:
+        bank = bank_path(chain.first, chain.inside) if has_bank else None
+        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, is_open=True)})
+        inline = frozenset(
+            path.removeprefix(f"{chain.first_path}.") for path in home.inline if path.startswith(f"{chain.first_path}.")
         )
-        for scope, found in homes.items()
-    }
+        yield chain.first, Part(Role.SCOPE, rewrites, frozenset({"forward"}), inline)
+    else:
+        yield chain.first, Part(Role.PRODUCER)
+    yield from ((module, Part(Role.PATH)) for module in chain.links)
 
 
-def is_sequential(scope: nn.Module) -> bool:
-    """Whether a scope's forward is the loop of nn.Sequential."""
-    return original_class(scope).forward is nn.Sequential.forward
-
-
-def children_roles(homes: Mapping[nn.Module, Sequence[tuple[Home, Rewrite]]]) -> Iterator[tuple[nn.Module, Role]]:
-    """In a Sequential, the producers and what stands between them and their consumers take the rows on themselves."""
-    for scope, found in homes.items():
-        if is_sequential(scope):
-            for home, _ in found:
-                if home.method == "forward":
-                    yield submodule(scope, home.producer), Role.PRODUCER
-                    for name in home.modules:
-                        yield submodule(scope, name), Role.PATH
-
-
-def bank_path(home: Home) -> str:
-    """Where the scope finds the bank of one of its producers."""
-    owner, _, last = home.producer.rpartition(".")
-    parent = submodule(home.scope, owner)
+def bank_path(scope: nn.Module, producer: str) -> str:
+    """Where a scope finds the bank of one of its producers."""
+    owner, _, last = producer.rpartition(".")
+    parent = submodule(scope, owner)
     if last in parent._modules:
-        return f"{home.producer}.composite"
+        return f"{producer}.composite"
     name = bank_name(parent, last)
     return f"{owner}.{name}" if owner else name

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from neuronsurgery.pytorch.chains import Chain, chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.hooks import has_hooks
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
@@ -75,8 +76,6 @@ class Survey:
 
     def inline_straddled(self, reading: Reading) -> None:
         """Inline children that return a pre-activation whose activation function is in this scope."""
-        if reading.is_sequential:
-            return
         for _ in range(8):
             straddled = {
                 str(node.target)
@@ -173,14 +172,16 @@ class Survey:
             for scope, reading in ((r.scope, r) for r in self.readings.values())
         }
 
-        def kept(home: Home) -> Home | None:
+        def kept(place: Place, home: Home) -> Home | None:
             spare = home.inline - needed[id(home.scope)]
+            if is_sequential(home.scope) and any(_is_within(other, home) for other in place.homes):
+                return None
             if any(home.producer.startswith(f"{path}.") for path in spare):
                 return None
             return replace(home, inline=home.inline - spare)
 
         return {
-            name: replace(place, homes=tuple(h for home in place.homes if (h := kept(home)) is not None))
+            name: replace(place, homes=tuple(h for home in place.homes if (h := kept(place, home)) is not None))
             for name, place in places.items()
         }
 
@@ -208,6 +209,7 @@ class Survey:
             or self.unread(name, owners, bool(entries))
             or next((use.problem for _, _, use in entries if use.problem), "")
             or _disagreement(entries)
+            or self.broken_chain(entries)
             or self.other_role(weight, owners)
             or self.other_way_in(weight, owners, entries)
             or self.relied_on(name, weight, owners, entries)
@@ -218,7 +220,25 @@ class Survey:
         for other in (self.joined[end] for end in ends if end in self.joined):
             return f"its units are those of '{other}', whose pre-activations it joins before the activation function"
         self.joined |= dict.fromkeys(ends, name)
-        return place_of(name, weight, owners, entries, functools.partial(self.is_own, weight))
+        return place_of(name, weight, owners, entries, functools.partial(self.is_own, weight), self.num_inside)
+
+    def broken_chain(self, entries: list[tuple[Reading, str, Use]]) -> str:
+        """Why children of a Sequential cannot hand the rows of a site on."""
+        for reading, method, use in entries:
+            if reading.is_sequential and method == "forward":
+                modules = [link.module for link in use.links[self.num_inside(reading, use) :]]
+                if isinstance(found := chain_of(reading.scope, use.producer, modules), str):
+                    return found
+        return ""
+
+    def num_inside(self, reading: Reading, use: Use) -> int:
+        """How many links of a site in a Sequential are inside the child whose forward calls the producer."""
+        if not reading.is_sequential:
+            return 0
+        chain = chain_of(reading.scope, use.producer, ())
+        inner = self.readings.get(id(chain.first)) if isinstance(chain, Chain) else None
+        found = [u for _, t in inner.traces for u in self.uses_in(t, inner.scope)] if inner else []
+        return next((len(u.links) for u in found if u.weight is use.weight and u.followed.is_open), 0)
 
     def is_superseded(self, entry: tuple[Reading, str, Use]) -> bool:
         """A pre-activation returned by a scope that all its callers inline: the site is the callers'."""
@@ -374,6 +394,13 @@ def _beyond_metadata(users: list[fx.Node]) -> str:
         if not (user.op == "call_function" and user.target is getattr and user.args[1] in ("dtype", "device")):
             return str(getattr(user.target, "__name__", user.target))
     return ""
+
+
+def _is_within(inner: Home, outer: Home) -> bool:
+    """Whether a home's scope lies between another's and the producer: it holds the whole site, and serves both."""
+    names = outer.producer.split(".")
+    around = (submodule(outer.scope, ".".join(names[:depth])) for depth in range(1, len(names)))
+    return any(inner.scope is module for module in around)
 
 
 def _between(scope: nn.Module, producer: str) -> set[int]:

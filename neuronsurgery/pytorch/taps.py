@@ -17,7 +17,7 @@ __all__ = ["Sink", "is_observed", "listening", "offset_of", "tap"]
 
 
 class Sink(Protocol):
-    """Receives the activations of one site; `offset` counts the children to the activation in a Sequential."""
+    """Receives the activations of one site; `offset` is how many links it has."""
 
     offset: int
 
@@ -40,9 +40,9 @@ def is_observed(weight: nn.Parameter) -> bool:
     return id(weight) in _SINKS
 
 
-def offset_of(module: nn.Module) -> int:
-    """The distance to the activation of a child of a Sequential that is being observed; 0 for any other."""
-    sinks = _SINKS.get(id(module._parameters.get("weight"))) if _SINKS else None
+def offset_of(weight: nn.Parameter) -> int:
+    """How many links the site of this weight has if it is being observed; 0 for any other."""
+    sinks = _SINKS.get(id(weight)) if _SINKS else None
     return sinks[0].offset if sinks else 0
 
 

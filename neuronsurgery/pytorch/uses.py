@@ -59,6 +59,11 @@ class Use:
         return self.links[-1].node
 
     @property
+    def last(self) -> fx.Node:
+        """The node of the last link, or of the producer itself where there is none."""
+        return self.links[-1].node if self.links else self.node
+
+    @property
     def own(self) -> tuple[OwnTensor, ...]:
         """The tensors of all links, in the order of the path's labels; paths in the scope."""
         return tuple(each for link in self.links for each in link.own)
