@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.mirroring import original_class
 
-__all__ = ["Call", "Description", "default_call", "describe", "is_namedtuple", "unbind"]
+__all__ = ["Call", "Description", "default_call", "default_leaves", "describe", "is_namedtuple", "unbind"]
 
 Description = Any  # nested tuples; ("tensor",), ("number", type), ("constant", value), or a container of these
 
@@ -26,19 +26,31 @@ class Call:
     description: Description
 
 
-def default_call(module: nn.Module, method: str = "forward") -> Call:
+def default_call(module: nn.Module, method: str = "forward", constant_numbers: bool = False) -> Call:
     """The call with a tensor for each argument that has no default, and the defaults for the rest."""
-    names, parts = [], []
+    return _default(module, method, constant_numbers)[0]
+
+
+def default_leaves(module: nn.Module, method: str = "forward") -> tuple[Any, ...]:
+    """The leaves of the default call: None for each tensor, which is unknown, and the numbers."""
+    return _default(module, method, constant_numbers=False)[1]
+
+
+def _default(module: nn.Module, method: str, constant_numbers: bool) -> tuple[Call, tuple[Any, ...]]:
+    names: list[str] = []
+    parts: list[Description] = []
+    leaves: list[Any] = []
     for parameter in list(inspect.signature(getattr(original_class(module), method)).parameters.values())[1:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             value: Description = ("dict", (), ())
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            value = (tuple, (("tensor",),))
+        elif parameter.kind is parameter.VAR_POSITIONAL or parameter.default is parameter.empty:
+            value = ("tensor",) if parameter.kind is not parameter.VAR_POSITIONAL else (tuple, (("tensor",),))
+            leaves.append(None)
         else:
-            value = ("tensor",) if parameter.default is parameter.empty else describe(parameter.default, [])
+            value = describe(parameter.default, leaves, constant_numbers)
         names.append(parameter.name)
         parts.append(value)
-    return Call(tuple(names), tuple(parts))
+    return Call(tuple(names), tuple(parts)), tuple(leaves)
 
 
 def describe(value: Any, leaves: list[Any], constant_numbers: bool = False) -> Description:
@@ -55,7 +67,7 @@ def describe(value: Any, leaves: list[Any], constant_numbers: bool = False) -> D
         parts = tuple([describe(item, leaves, constant_numbers) for item in value.values()])
         return ("dict", tuple(value), parts)
     if isinstance(value, (type(None), bool, str, int, float, torch.dtype, torch.device)):
-        return ("constant", value)
+        return ("constant", value, type(value))  # True, 1 and 1.0 are equal, and other kinds of calls
     raise UntraceableError(
         f"an argument of type {type(value).__name__} cannot be part of a traced call; pass tensors, numbers, strings, "
         "None, or tuples, lists and dictionaries of them"

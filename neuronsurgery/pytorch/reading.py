@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from neuronsurgery.errors import UntraceableError
-from neuronsurgery.pytorch.calls import default_call
+from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
-from neuronsurgery.pytorch.tracing import Trace, trace
+from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.uses import PRODUCERS
 
 __all__ = ["CONTAINERS", "Reading", "is_torch", "modules_of", "read", "scopes_of", "targets_of"]
@@ -67,25 +67,17 @@ def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> R
         reading.failure = UntraceableError(f"{label}.forward was replaced on the instance")
         return reading
     try:
-        reading.traces = [("forward", traced) for traced in _traces(scope, "forward", inline)]
+        reading.traces = [("forward", traced) for traced in default_traces(scope, "forward", inline)]
     except UntraceableError as error:
         reading.failure = error
         return reading
     for method, function in methods_of(scope):
         if _may_be_traced(scope, function):
             try:
-                reading.traces += [(method, traced) for traced in _traces(scope, method, inline)]
+                reading.traces += [(method, traced) for traced in default_traces(scope, method, inline)]
             except UntraceableError as error:
                 reading.unread[method] = error.reason
     return reading
-
-
-def _traces(scope: nn.Module, method: str, inline: frozenset[str]) -> list[Trace]:
-    call = default_call(scope, method)
-    first = trace(scope, method, call, inline=inline)
-    if not first.reads_mode:
-        return [first]
-    return [first, trace(scope, method, call, inline=inline, training=not scope.training)]
 
 
 _SIDE_EFFECTS = frozenset(
