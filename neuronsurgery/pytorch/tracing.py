@@ -8,7 +8,9 @@ and the line that caused it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import dis
 import inspect
 import itertools
@@ -27,7 +29,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.ambient import ambient_untouched
-from neuronsurgery.pytorch.calls import Call, Description, is_namedtuple, unbind
+from neuronsurgery.pytorch.calls import Call, Description, contents_of, is_namedtuple, maker, unbind
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import (
     Guard,
@@ -99,7 +101,7 @@ def _traced(tracer: Tracer, method: str, call: Call) -> Trace:
             bound = tracer.placeholders(call)
             result = unbind(function, tracer.mirror, bound)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
-        tracer.reads.check_unchanged(tracer.mirrored(module))
+            tracer.check_unchanged()
     except (Exception, Impurity) as error:  # whatever a forward raises when it meets a proxy is its reason
         raise _untraceable(error, module, method) from error
     return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()), tuple(tracer.scalars.conditions.values()))
@@ -174,6 +176,7 @@ class Tracer(GraphAppendingTracer):
         self.mirror, self.mirrors = mirror_of(module, self, training)
         self.reads = Reads(self.mirrors)
         self.known_tensors: set[fx.Node] = set()
+        self.made: list[tuple[str, Any, tuple[tuple[str, Any], ...], Any]] = []  # dataclasses among the arguments
         self.registered: dict[int, tuple[Tensor, str]] = {}
         for name, tensor in _registered_tensors(module):
             self.registered.setdefault(id(tensor), (tensor, name))
@@ -182,6 +185,15 @@ class Tracer(GraphAppendingTracer):
         for original in root.modules():
             if id(original) in self.mirrors and not isinstance(original, torch.jit.ScriptModule):
                 yield original, self.mirrors[id(original)]
+
+    def check_unchanged(self) -> None:
+        """Refuse a forward that wrote attributes, or into what it read or was given."""
+        self.reads.check_unchanged(self.mirrored(self.module))
+        for label, made, before, keys in self.made:
+            now, items = contents_of(made)
+            is_same = len(now) == len(before) and all(now.get(name) is value for name, value in before)
+            if not is_same or items != keys:
+                raise Impurity(f"writes into '{label}'")
 
     # what the mirror reports
 
@@ -241,6 +253,12 @@ class Tracer(GraphAppendingTracer):
             self.known_tensors |= {node} if kind == "tensor" else set()
             self.scalars.add_leaf(node, is_number=kind == "number")
             return self.proxy(node)
+        if kind == "object":
+            parts = zip(part[2], part[3], strict=True)
+            attributes = {key: self.placeholder(f"{name}_{key}", value) for key, value in parts}
+            made = maker(part[1], part[2], part[4])(*attributes.values())
+            self.made.append((name, made, tuple(attributes.items()), part[4]))
+            return made
         items = [self.placeholder(f"{name}_{index}", item) for index, item in enumerate(part[1])]
         if issubclass(kind, list):
             self.reads.watch(name, items)
@@ -275,6 +293,12 @@ class Tracer(GraphAppendingTracer):
             return kind(*items) if is_namedtuple(kind) else (tuple(items) if issubclass(kind, tuple) else items)
         if kind is dict:
             return {self.create_arg(k): self.create_arg(v) for k, v in a.items()}
+        if dataclasses.is_dataclass(kind):
+            attributes, keys = contents_of(a)
+            values = tuple(self.create_arg(value) for value in attributes.values())
+            return self.create_node("call_function", maker(kind, tuple(attributes), keys), values, {})
+        if kind is collections.OrderedDict:
+            return self.create_node("call_function", kind, (list(map(self.create_arg, a.items())),), {})
         if kind is slice:
             return slice(*(self.create_arg(part) for part in (a.start, a.stop, a.step)))
         if kind in _ARGUMENTS or a is Ellipsis or isinstance(a, (torch.Size, range)):
