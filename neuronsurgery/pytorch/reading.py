@@ -13,6 +13,7 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import original_class
+from neuronsurgery.pytorch.opaque import is_of_einops
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
 from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.uses import PRODUCERS
@@ -55,7 +56,7 @@ def scopes_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in modules_of(model):
         forward = getattr(original_class(module), "forward", None)
         is_defined = forward is not None and forward is not nn.Module.forward and forward not in PRODUCERS
-        if is_defined and (not is_torch(module) or forward is nn.Sequential.forward):
+        if is_defined and not is_of_einops(module) and (not is_torch(module) or forward is nn.Sequential.forward):
             yield name, module
 
 

@@ -41,7 +41,7 @@ def methods_of(module: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:
     """The functions a user may call on a module beside its forward, defined by its own classes (not by torch)."""
     seen = {"forward"}
     for cls in original_class(module).__mro__:
-        if cls.__module__.partition(".")[0] in ("torch", "builtins", "abc", "typing"):
+        if cls.__module__.partition(".")[0] in ("torch", "einops", "builtins", "abc", "typing"):
             continue
         for name, value in vars(cls).items():
             function = value.fget if isinstance(value, property) else value

@@ -17,6 +17,7 @@ import itertools
 import linecache
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from neuronsurgery.pytorch.mirroring import (
     submodule,
     unswallowed,
 )
+from neuronsurgery.pytorch.opaque import einops_recorded
 from neuronsurgery.pytorch.outside import Outside
 from neuronsurgery.pytorch.scalars import Condition, Known, Scalars, packed, packed_method
 
@@ -97,7 +99,7 @@ def _traced(tracer: Tracer, method: str, call: Call) -> Trace:
     module = tracer.module
     function = inspect.getattr_static(original_class(module), method)
     try:
-        with unswallowed(), ambient_untouched(), _sizes_packed(), _outside_untouched(tracer, method), Recording(tracer):
+        with unswallowed(), _surroundings(tracer, method), Recording(tracer):
             bound = tracer.placeholders(call)
             result = unbind(function, tracer.mirror, bound)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
@@ -105,6 +107,17 @@ def _traced(tracer: Tracer, method: str, call: Call) -> Trace:
     except (Exception, Impurity) as error:  # whatever a forward raises when it meets a proxy is its reason
         raise _untraceable(error, module, method) from error
     return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()), tuple(tracer.scalars.conditions.values()))
+
+
+@contextlib.contextmanager
+def _surroundings(tracer: Tracer, method: str) -> Iterator[None]:
+    """All that is exchanged, noted and put back around a forward; one trace at a time, as it concerns the process."""
+    recorded = einops_recorded(tracer.call_opaque)
+    with _ALONE, ambient_untouched(), _sizes_packed(), recorded, _outside_untouched(tracer, method):
+        yield
+
+
+_ALONE = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -229,6 +242,10 @@ class Tracer(GraphAppendingTracer):
         if name in _SHAPE_READS and issubclass(type(args[0]), Tensor):  # a proxy only claims to be one
             return function(*args, **kwargs)
         return self.create_proxy("call_method", name, args, kwargs)
+
+    def call_opaque(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a function of a library as it is, whatever it does."""
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def read_property(self, name: str, tensor: Tensor) -> Any:
         if name in ("shape", "ndim"):
@@ -460,7 +477,8 @@ _SHAPE_READS = frozenset(
 )
 _TENSOR_RESULTS = frozenset(
     "add sub mul truediv neg pow matmul abs exp linear conv1d conv2d conv3d relu leaky_relu elu gelu silu tanh sigmoid "
-    "softplus dropout view reshape flatten transpose permute squeeze unsqueeze cat stack float detach clone".split()
+    "softplus dropout view reshape flatten transpose permute squeeze unsqueeze cat stack float detach clone "
+    "rearrange reduce repeat einsum".split()
 )
 _PIECES = frozenset({"unbind", "split", "chunk"})
 _ARGUMENTS = frozenset(
