@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import enum
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -14,9 +17,19 @@ from torch import Tensor, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.mirroring import original_class
 
-__all__ = ["Call", "Description", "default_call", "describe", "is_namedtuple", "unbind"]
+__all__ = [
+    "Call",
+    "Description",
+    "default_call",
+    "default_leaves",
+    "describe",
+    "contents_of",
+    "is_namedtuple",
+    "maker",
+    "unbind",
+]
 
-Description = Any  # nested tuples; ("tensor",), ("number", type), ("constant", value), or a container of these
+Description = Any  # nested tuples; ("tensor",), ("number",), ("constant", value, type), or a container of these
 
 
 @dataclass(frozen=True)
@@ -27,19 +40,31 @@ class Call:
     description: Description
 
 
-def default_call(module: nn.Module, method: str = "forward") -> Call:
+def default_call(module: nn.Module, method: str = "forward", constant_numbers: bool = False) -> Call:
     """The call with a tensor for each argument that has no default, and the defaults for the rest."""
-    names, parts = [], []
+    return _default(module, method, constant_numbers)[0]
+
+
+def default_leaves(module: nn.Module, method: str = "forward") -> tuple[Any, ...]:
+    """The leaves of the default call: None for each tensor, which is unknown, and the numbers."""
+    return _default(module, method, constant_numbers=False)[1]
+
+
+def _default(module: nn.Module, method: str, constant_numbers: bool) -> tuple[Call, tuple[Any, ...]]:
+    names: list[str] = []
+    parts: list[Description] = []
+    leaves: list[Any] = []
     for parameter in _parameters(getattr(original_class(module), method))[1:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             value: Description = ("dict", (), ())
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            value = (tuple, (("tensor",),))
+        elif parameter.kind is parameter.VAR_POSITIONAL or parameter.default is parameter.empty:
+            value = ("tensor",) if parameter.kind is not parameter.VAR_POSITIONAL else (tuple, (("tensor",),))
+            leaves.append(None)
         else:
-            value = ("tensor",) if parameter.default is parameter.empty else describe(parameter.default, [])
+            value = describe(parameter.default, leaves, constant_numbers)
         names.append(parameter.name)
         parts.append(value)
-    return Call(tuple(names), tuple(parts))
+    return Call(tuple(names), tuple(parts)), tuple(leaves)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,15 +83,63 @@ def describe(value: Any, leaves: list[Any], constant_numbers: bool = False) -> D
         return ("number",)
     if isinstance(value, (tuple, list)):
         return (type(value), tuple([describe(item, leaves, constant_numbers) for item in value]))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _describe_object(value, leaves, constant_numbers)
     if isinstance(value, dict):
         parts = tuple([describe(item, leaves, constant_numbers) for item in value.values()])
         return ("dict", tuple(value), parts)
-    if isinstance(value, (type(None), bool, str, int, float, torch.dtype, torch.device)):
-        return ("constant", value)
+    if isinstance(value, (type(None), bool, str, int, float, enum.Enum, torch.dtype, torch.device)):
+        return ("constant", value, type(value))  # True, 1 and 1.0 are equal, and other kinds of calls
     raise UntraceableError(
         f"an argument of type {type(value).__name__} cannot be part of a traced call; pass tensors, numbers, strings, "
-        "None, or tuples, lists and dictionaries of them"
+        "None, or tuples, lists, dictionaries and dataclasses of them"
     )
+
+
+def _describe_object(value: Any, leaves: list[Any], constant_numbers: bool) -> Description:
+    """A dataclass by its attributes; one that is a dictionary too holds some of them as its items."""
+    attributes, keys = contents_of(value)
+    parts = tuple([describe(item, leaves, constant_numbers) for item in attributes.values()])
+    return ("object", type(value), tuple(attributes), parts, keys)
+
+
+def contents_of(value: Any) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """The attributes of a dataclass, and the names of those that it has as items, None if it is no dictionary.
+
+    Raises:
+        UntraceableError: it is a dictionary with other items.
+    """
+    attributes = {
+        name: getattr(value, name)
+        for name in dict.fromkeys([*(f.name for f in dataclasses.fields(value)), *getattr(value, "__dict__", ())])
+        if getattr(value, name, _ABSENT) is not _ABSENT
+    }
+    if not isinstance(value, dict):
+        return attributes, None
+    if any(attributes.get(key, _ABSENT) is not item for key, item in dict.items(value)):
+        raise UntraceableError(f"a {type(value).__name__} holds items that are not its attributes")
+    return attributes, tuple(dict.keys(value))
+
+
+_ABSENT = object()
+
+
+@functools.lru_cache(maxsize=1024)
+def maker(cls: type, names: tuple[str, ...], keys: tuple[str, ...] | None) -> Callable[..., Any]:
+    """A function that makes an instance from its attributes, without running its constructor a second time."""
+    is_ordered = issubclass(cls, collections.OrderedDict)
+    base: Any = collections.OrderedDict if is_ordered else dict if issubclass(cls, dict) else object
+
+    def make(*values: Any) -> Any:
+        made = base.__new__(cls)
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(made, name, value)
+            if keys and name in keys:
+                base.__setitem__(made, name, value)
+        return made
+
+    make.__name__ = make.__qualname__ = f"make_{cls.__name__}"
+    return make
 
 
 def unbind(function: Callable[..., Any], module: Any, bound: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """Chains: how a site that spans several children of a Sequential is shared out among them.
 
-A Sequential stays a loop over its children, which hand the frozen rows on. The first part of a chain is the producer, or
-a child with a forward of its own that returns the producer's pre-activations; the rest are modules, in this Sequential
-or in Sequentials inside it.
+A Sequential stays a loop over its children, which hand the frozen rows on. The first part of a chain is the producer,
+or a child with a forward of its own that returns the producer's pre-activations; the rest are modules, in this
+Sequential or in Sequentials inside it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def is_sequential(module: nn.Module) -> bool:
     return original_class(module).forward is nn.Sequential.forward
 
 
-def chain_of(sequential: nn.Module, producer: str, modules: Sequence[str]) -> Chain | str:
+def chain_of(sequential: nn.Module, producer: str, modules: Sequence[str], origins: Sequence[str]) -> Chain | str:
     """The chain of a site in a Sequential, or why its children cannot hand its rows on.
 
-    `producer` and `modules` are paths in the Sequential; `modules` those of the links behind the first part, "" for a
-    function.
+    `producer` and `modules` are paths in the Sequential; `modules` those of the links, "" for a function; `origins` the
+    paths of the inlined children that producer and links come from.
     """
     loops, first, path = [sequential], sequential, ""
     names = producer.split(".")
@@ -51,7 +51,8 @@ def chain_of(sequential: nn.Module, producer: str, modules: Sequence[str]) -> Ch
         if is_sequential(first):
             loops.append(first)
     links = []
-    for name in modules:
+    behind = zip(modules, origins[1:], strict=True)
+    for name in (name for name, origin in behind if not f"{origin}.".startswith(f"{path}.")):
         around = [submodule(sequential, ancestor) for ancestor in _ancestors(name)]
         if not name or not all(is_sequential(module) for module in around):
             return f"its activation function is inside the forward of another child of a Sequential than '{path}'"

@@ -14,7 +14,7 @@ from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import carry, produce
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.following import LinkUse
-from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, UnitFunction, is_coupling
+from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, Reshape, UnitFunction, is_coupling
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.taps import tap
 from neuronsurgery.pytorch.tracing import trace
@@ -93,7 +93,7 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
             tapped = graph.call_function(tap, (parameter, h))
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
         h = tapped
-    composites[use.end] = h
+    composites[use.last] = h
 
 
 def _insert_carrying(graph: fx.Graph, use: Use, rewrite: Rewrite, slots: fx.Node, rows: fx.Node) -> None:
@@ -120,13 +120,13 @@ def _insert_link(
     """Let the rows pass a link beside the slots: before these, as they may work in place on what the rows read too."""
     link = use.link
     live = link.live if isinstance(link, UnitFunction) else ()
-    is_after = isinstance(link, BatchNorm)  # whose module counts the batches
+    is_after = isinstance(link, (BatchNorm, Reshape))  # whose module counts the batches; which reads the new shape
     with graph.inserting_after(use.node) if is_after else graph.inserting_before(use.node):
-        module = graph.get_attr(use.module) if is_after else None
+        module = graph.get_attr(use.module) if isinstance(link, BatchNorm) else None
     with graph.inserting_after(module) if module else graph.inserting_before(use.node):
         others = [graph.get_attr(f"{use.module}.{name}") for name in live]
-        others += [composites.get(other, other) for other in use.others]
-    with graph.inserting_after(module) if module else graph.inserting_before(use.node):
+        others += [use.node] if isinstance(link, Reshape) else [composites.get(o, o) for o in use.others]
+    with graph.inserting_after(module or use.node) if is_after else graph.inserting_before(use.node):
         return use.node, graph.call_function(_passing(index, link), (bank, rows, others, module))
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "Link",
     "Move",
     "Norm",
+    "Reshape",
     "Table",
     "UnitFunction",
     "is_coupling",
@@ -195,6 +196,41 @@ class Move:
             source, target = (argument % num_axes for argument in self.arguments)
             order.insert(target, order.pop(source))
         return order.index(axis % num_axes) - num_axes
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Another shape with the units on the last axis as before; rows take the shape that the slots have then."""
+
+    name: str
+    num_units: int
+    kind: Kind = Kind.NEUTRAL
+    tensors: tuple[str, ...] = ()
+
+    def slots(self, z: Tensor, values: Sequence[Tensor], others: Sequence[Any], axis: int) -> Tensor:
+        return z
+
+    def rows(
+        self,
+        table: Table,
+        rows: Tensor,
+        values: Sequence[Tensor],
+        others: Sequence[Any],
+        axis: int,
+        module: nn.Module | None,
+    ) -> Tensor:
+        if not others:
+            return rows
+        shape = others[0].shape
+        if shape[-1] != self.num_units:
+            raise SurgeryError(
+                f"'{self.name}' gives the {self.num_units} units of a layer the shape {tuple(shape)}: they are not its "
+                "last axis; undo the operation on this site before you call it so"
+            )
+        return rows.reshape(*shape[:-1], rows.shape[-1])
+
+    def axis_after(self, axis: int, num_axes: int) -> int:
+        return axis
 
 
 @dataclass(frozen=True)

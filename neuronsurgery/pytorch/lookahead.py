@@ -59,7 +59,8 @@ MIXING_MODULES = (
     nn.MultiheadAttention,
 )
 MIXING = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm addmm bmm".split()
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm addmm bmm "
+    "baddbmm einsum".split()
 )
 
 
@@ -180,7 +181,7 @@ def _is_fractional_power(name: str, user: fx.Node) -> bool:
 
 def _weight_is_parameter(node: fx.Node, value: fx.Node) -> bool:
     others = _other_tensors(node, value)
-    return node.args[:1] == (value,) and bool(others) and all(other.op == "get_attr" for other in others)
+    return bool(others) and all(other.op == "get_attr" for other in others)
 
 
 def _other_tensors(node: fx.Node, value: fx.Node) -> list[fx.Node]:

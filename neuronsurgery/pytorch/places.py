@@ -31,7 +31,7 @@ class Home:
     inline: frozenset[str]
     producer: str  # the producer's path in the scope
     modules: tuple[str, ...]  # the paths of the modules that are its links, "" for a function
-    num_inside: int = 0  # in a Sequential: how many links the child that returns the pre-activation takes itself
+    origins: tuple[str, ...] = ()  # of the producer and each link: the inlined child that it comes from, or ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,6 @@ def place_of(
     owners: list[tuple[nn.Module, str]],
     entries: list[tuple[Reading, str, Use]],
     is_own: Callable[[Tensor, nn.Module], bool],
-    num_inside: Callable[[Reading, Use], int],
 ) -> Place:
     """The place of a weight whose uses agree: the first Sequential among them says which modules the path passes."""
     homes = [
@@ -124,7 +123,7 @@ def place_of(
             r.inline,
             use.producer,
             tuple(link.module for link in use.links),
-            num_inside(r, use),
+            use.origins,
         )
         for r, method, use in entries
     ]

@@ -18,12 +18,14 @@ import torch
 from torch import fx, nn
 
 from neuronsurgery.errors import UntraceableError
+from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
 from neuronsurgery.pytorch.fused import overrides
 from neuronsurgery.pytorch.insertion import Rewrite, insert_banks
 from neuronsurgery.pytorch.mirroring import Guard, original_class
-from neuronsurgery.pytorch.tracing import trace
+from neuronsurgery.pytorch.scalars import Actual, Condition
+from neuronsurgery.pytorch.tracing import Trace, trace
 
 __all__ = ["Program", "generated_class", "rewritten_class"]
 
@@ -104,9 +106,10 @@ def _rebuilt(program: Program, function: Callable[..., Any], arguments: tuple[An
 
 @dataclass(eq=False)
 class Graph:
-    """A compiled graph and the guards under which it is the forward."""
+    """A compiled graph, and the guards and the conditions on sizes and numbers under which it is the forward."""
 
     guards: tuple[Guard, ...]
+    conditions: tuple[Condition, ...]
     run: Callable[..., Any]
 
 
@@ -118,6 +121,7 @@ class Entry:
     method: str
     program: Program
     graphs: dict[Any, list[Graph]] = field(default_factory=dict)
+    literal: set[Any] = field(default_factory=set)  # kinds of calls whose numbers cannot be inputs of a graph
 
     def function(self) -> Callable[..., Any]:
         """The function that takes the original's place: same signature, choosing a graph."""
@@ -142,26 +146,37 @@ class Entry:
 
     def prepare(self, instance: nn.Module) -> None:
         """Trace the default call in both modes, so that the first real call is already fast and cannot fail."""
-        call = default_call(instance, self.method)
-        if self.find(instance, call.description) is None:
-            self.add(instance, call, None)
-            graphs = self.graphs[call.description]
-            if any(guard.steps == (("attribute", "training"),) for guard in graphs[-1].guards):
-                self.add(instance, call, not instance.training)
+        kinds = [default_call(instance, self.method, constant).description for constant in (False, True)]
+        if all(self.find(instance, kind, None) is None for kind in kinds):
+            for traced in default_traces(instance, self.method, self.program.inline):
+                self.add(instance, traced)
 
-    def find(self, instance: nn.Module, description: Any) -> Graph | None:
+    def find(self, instance: nn.Module, description: Any, leaves: list[Any] | None) -> Graph | None:
+        """The graph for a kind of call with these tensors and numbers, or (None) with any."""
         for graph in self.graphs.get(description, ()):
-            if all(guard.holds(instance) for guard in graph.guards):
+            if all(guard.holds(instance) for guard in graph.guards) and (
+                leaves is None or all(condition.holds(leaves) for condition in graph.conditions)
+            ):
                 return graph
         return None
 
-    def add(self, instance: nn.Module, call: Call, training: bool | None) -> Graph:
-        """Trace the original function for a new kind of call and put the banks in."""
-        traced = trace(instance, self.method, call, inline=self.program.inline, training=training)
-        guards = insert_banks(traced.graph, instance, self.program.rewrites)
-        graph = Graph((*traced.guards, *guards), compiled(traced.graph, f"{self.cls.__qualname__}.{self.method}"))
-        self.graphs.setdefault(call.description, []).append(graph)
+    def trace(self, instance: nn.Module, call: Call, leaves: list[Any]) -> Graph:
+        """Trace the original function for a new kind of call, or for new sizes and numbers."""
+        known = Actual(leaves)
+        return self.add(instance, trace(instance, self.method, call, inline=self.program.inline, known=known))
+
+    def add(self, instance: nn.Module, traced: Trace) -> Graph:
+        """Put the banks into a traced graph and keep it."""
+        guards = (*traced.guards, *insert_banks(traced.graph, instance, self.program.rewrites))
+        run = compiled(traced.graph, f"{self.cls.__qualname__}.{self.method}")
+        graph = Graph(guards, traced.conditions, run)
+        graphs = self.graphs.setdefault(traced.call.description, [])
+        graphs.append(graph)
+        del graphs[:-_MAX_GRAPHS]
         return graph
+
+
+_MAX_GRAPHS = 128  # for one kind of call: a loop over time steps has a graph for each length
 
 
 class _Name:
@@ -178,7 +193,10 @@ def dispatch(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: 
     """Run the graph for this call; numbers are inputs of the graph where that can be traced, else part of its kind."""
     leaves: list[Any] = []
     description = tuple([describe(value, leaves) for value in values])
-    graph = entry.find(instance, description)
+    if entry.literal and description in entry.literal:
+        leaves = []
+        description = tuple([describe(value, leaves, True) for value in values])
+    graph = entry.find(instance, description, leaves)
     if graph is not None:
         return graph.run(instance, *leaves)
     return _dispatch_rarely(instance, entry, names, values)
@@ -187,14 +205,18 @@ def dispatch(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _dispatch_rarely(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
     failure: UntraceableError | None = None
+    kind: Any = None
     for constant_numbers in (False, True):
         leaves: list[Any] = []
         description = tuple([describe(value, leaves, constant_numbers) for value in values])
         try:
-            graph = entry.find(instance, description) or entry.add(instance, Call(names, description), None)
+            graph = entry.find(instance, description, leaves)
+            graph = graph or entry.trace(instance, Call(names, description), leaves)
         except UntraceableError as error:
-            failure = failure or error
+            failure, kind = failure or error, description
             continue
+        if constant_numbers:
+            entry.literal.add(kind)
         return graph.run(instance, *leaves)
     raise UntraceableError(
         f"{entry.cls.__qualname__}.{entry.method} was called in a new way that cannot be traced, so the composites of "

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from neuronsurgery.errors import UntraceableError
-from neuronsurgery.pytorch.calls import default_call
+from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fused import is_fused_layer, readable_method, why_not_readable
 from neuronsurgery.pytorch.mirroring import original_class
+from neuronsurgery.pytorch.opaque import is_of_einops
 from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
-from neuronsurgery.pytorch.tracing import Trace, trace
+from neuronsurgery.pytorch.tracing import Trace
 
 __all__ = ["CONTAINERS", "Reading", "is_scope", "is_torch", "modules_of", "read", "scopes_of", "targets_of"]
 
@@ -64,8 +65,9 @@ def scopes_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_scope(module: nn.Module) -> bool:
     """Whether a module has a forward of its own, which calls children or functions, and can be read in part."""
     forward: Any = getattr(original_class(module), "forward", None)
-    is_defined = forward is not None and forward is not nn.Module.forward and not is_producer(module)
-    return is_defined and (not is_torch(module) or forward is nn.Sequential.forward or is_fused_layer(module))
+    if forward is None or forward is nn.Module.forward or is_producer(module) or is_of_einops(module):
+        return False
+    return not is_torch(module) or forward is nn.Sequential.forward or is_fused_layer(module)
 
 
 def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> Reading:
@@ -76,25 +78,17 @@ def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> R
         return reading
     main = readable_method(scope)
     try:
-        reading.traces = [(main, traced) for traced in _traces(scope, main, inline)]
+        reading.traces = [(main, traced) for traced in default_traces(scope, main, inline)]
     except UntraceableError as error:
         reading.failure = error
         return reading
     for method, function in methods_of(scope):
         if _may_be_traced(scope, function):
             try:
-                reading.traces += [(method, traced) for traced in _traces(scope, method, inline)]
+                reading.traces += [(method, traced) for traced in default_traces(scope, method, inline)]
             except UntraceableError as error:
                 reading.unread[method] = error.reason
     return reading
-
-
-def _traces(scope: nn.Module, method: str, inline: frozenset[str]) -> list[Trace]:
-    call = default_call(scope, method)
-    first = trace(scope, method, call, inline=inline)
-    if not first.reads_mode:
-        return [first]
-    return [first, trace(scope, method, call, inline=inline, training=not scope.training)]
 
 
 _SIDE_EFFECTS = frozenset(

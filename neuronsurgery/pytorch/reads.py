@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -47,7 +46,7 @@ def _methods_of_class(owner: Any) -> tuple[tuple[str, Callable[..., Any]], ...]:
     seen = {"forward"}
     found: list[tuple[str, Callable[..., Any]]] = []
     for cls in owner.__mro__:
-        if cls.__module__.partition(".")[0] in ("torch", "builtins", "abc", "typing"):
+        if cls.__module__.partition(".")[0] in ("torch", "einops", "builtins", "abc", "typing"):
             continue
         for name, value in vars(cls).items():
             function = value.fget if isinstance(value, property) else value
@@ -61,7 +60,8 @@ def _methods_of_class(owner: Any) -> tuple[tuple[str, Callable[..., Any]], ...]:
 def reads_of(function: Callable[..., Any]) -> tuple[Read, ...] | None:
     """Every chain that a function reads from its first argument; None if its source is not to be had."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        source = inspect.getsource(function)
+        tree = ast.parse(f"if True:\n{source}" if source[:1].isspace() else source)  # text in it may be less indented
     except (OSError, TypeError, SyntaxError):
         return None
     definition = next((n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))), None)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
-from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, UnitFunction
+from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, Reshape, UnitFunction
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.unit_axes import UnitAxes
@@ -258,9 +258,23 @@ def link_of_function(
         if shape.is_stacked or node.kwargs or not all(isinstance(a, (int, tuple, list)) for a in arguments):
             return f"no activation function: '{name}' reads it first"
         return Move(MOVES[name], tuple(arguments)), ()
+    if name in ("view", "reshape", "unsqueeze", "flatten") and _keeps_units_last(name, node, shape):
+        return Reshape(name, shape.sizes[0]), ()
     if name in ("layer_norm", "group_norm", "rms_norm"):
         return _norm_function(name, node, value, scope, shape)
     return None
+
+
+def _keeps_units_last(name: str, node: fx.Node, shape: UnitShape) -> bool:
+    """Whether a new shape leaves the units alone on the last axis, as far as its arguments say."""
+    if shape.is_stacked or shape.axes != (-1,) or node.kwargs:
+        return False
+    if name in ("view", "reshape"):
+        sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return bool(sizes) and isinstance(sizes[-1], int) and sizes[-1] == shape.sizes[0]
+    if name == "unsqueeze":
+        return isinstance(node.args[1], int) and node.args[1] != -1
+    return len(node.args) == 3 and isinstance(node.args[2], int) and node.args[2] != -1
 
 
 def _norm_function(

@@ -73,7 +73,7 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
         role = Role.SEQUENTIAL if is_sequential(home.scope) else Role.SCOPE
         yield home.scope, Part(role, rewrites, frozenset({home.method}), home.inline)
         return
-    chain = chain_of(home.scope, home.producer, home.modules[home.num_inside :])
+    chain = chain_of(home.scope, home.producer, home.modules, home.origins)
     assert isinstance(chain, Chain)
     outer, *inner = chain.loops
     yield outer, Part(Role.SEQUENTIAL)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from neuronsurgery.pytorch.chains import Chain, chain_of, is_sequential
+from neuronsurgery.pytorch.chains import chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.hooks import has_hooks
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
@@ -82,7 +82,7 @@ class Survey:
                 for _, traced in reading.traces
                 for node in traced.graph.nodes
                 if node.op == "call_module" and self.is_straddled(reading.scope, node)
-            }
+            } | self.entered(reading)
             if straddled <= reading.inline:
                 return
             again = read(reading.name, reading.scope, reading.inline | straddled)
@@ -97,6 +97,20 @@ class Survey:
             return False
         is_open = any(use.followed.is_open for _, t in inner.traces for use in self.uses_in(t, inner.scope))
         return is_open and next(iter(node.users)).op != "output"
+
+    def entered(self, reading: Reading) -> set[str]:
+        """Children that a pre-activation of this scope enters, and that may hold its activation function.
+
+        A Sequential hands rows on to the children of a Sequential inside it, not into other forwards.
+        """
+        stopped = {use.followed.stopped for _, t in reading.traces for use in self.uses_in(t, reading.scope)} - {""}
+        children = {path: submodule(reading.scope, path) for path in stopped}
+        return {
+            path
+            for path, child in children.items()
+            if id(child) in self.readings and not has_hooks(child)
+            if is_sequential(child) or not reading.is_sequential
+        }
 
     def uses_in(self, traced: Trace, scope: nn.Module) -> list[Use]:
         """The producers in a traced function of a scope, followed once: every caller of the scope asks for them."""
@@ -166,8 +180,7 @@ class Survey:
                 path
                 for path in reading.inline
                 for place, home in homes[id(scope)]
-                if home.producer.startswith(f"{path}.")
-                and not any(other.scope is submodule(scope, path) for other in place.homes)
+                if _is_at_or_in(path, home) and not any(other.scope is submodule(scope, path) for other in place.homes)
             )
             for scope, reading in ((r.scope, r) for r in self.readings.values())
         }
@@ -176,7 +189,7 @@ class Survey:
             spare = home.inline - needed[id(home.scope)]
             if is_sequential(home.scope) and any(_is_within(other, home) for other in place.homes):
                 return None
-            if any(home.producer.startswith(f"{path}.") for path in spare):
+            if any(_is_at_or_in(path, home) for path in spare):
                 return None
             return replace(home, inline=home.inline - spare)
 
@@ -220,25 +233,16 @@ class Survey:
         for other in (self.joined[end] for end in ends if end in self.joined):
             return f"its units are those of '{other}', whose pre-activations it joins before the activation function"
         self.joined |= dict.fromkeys(ends, name)
-        return place_of(name, weight, owners, entries, functools.partial(self.is_own, weight), self.num_inside)
+        return place_of(name, weight, owners, entries, functools.partial(self.is_own, weight))
 
     def broken_chain(self, entries: list[tuple[Reading, str, Use]]) -> str:
         """Why children of a Sequential cannot hand the rows of a site on."""
         for reading, method, use in entries:
             if reading.is_sequential and method == "forward":
-                modules = [link.module for link in use.links[self.num_inside(reading, use) :]]
-                if isinstance(found := chain_of(reading.scope, use.producer, modules), str):
+                modules = [link.module for link in use.links]
+                if isinstance(found := chain_of(reading.scope, use.producer, modules, use.origins), str):
                     return found
         return ""
-
-    def num_inside(self, reading: Reading, use: Use) -> int:
-        """How many links of a site in a Sequential are inside the child whose forward calls the producer."""
-        if not reading.is_sequential:
-            return 0
-        chain = chain_of(reading.scope, use.producer, ())
-        inner = self.readings.get(id(chain.first)) if isinstance(chain, Chain) else None
-        found = [u for _, t in inner.traces for u in self.uses_in(t, inner.scope)] if inner else []
-        return next((len(u.links) for u in found if u.weight is use.weight and u.followed.is_open), 0)
 
     def is_superseded(self, entry: tuple[Reading, str, Use]) -> bool:
         """A pre-activation returned by a scope that all its callers inline: the site is the callers'."""
@@ -394,6 +398,11 @@ def _beyond_metadata(users: list[fx.Node]) -> str:
         if not (user.op == "call_function" and user.target is getattr and user.args[1] in ("dtype", "device")):
             return str(getattr(user.target, "__name__", user.target))
     return ""
+
+
+def _is_at_or_in(path: str, home: Home) -> bool:
+    """Whether a part of a home's site is in the forward of an inlined child, or below it."""
+    return any(f"{part}.".startswith(f"{path}.") for part in home.origins)
 
 
 def _is_within(inner: Home, outer: Home) -> bool:

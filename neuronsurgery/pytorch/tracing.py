@@ -8,13 +8,16 @@ and the line that caused it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import dis
 import inspect
 import itertools
 import linecache
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.ambient import ambient_untouched
-from neuronsurgery.pytorch.calls import Call, Description, is_namedtuple, unbind
+from neuronsurgery.pytorch.calls import Call, Description, contents_of, is_namedtuple, maker, unbind
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.mirroring import (
     Guard,
@@ -42,9 +45,14 @@ from neuronsurgery.pytorch.mirroring import (
     submodule,
     unswallowed,
 )
+from neuronsurgery.pytorch.opaque import einops_recorded
 from neuronsurgery.pytorch.outside import Outside
+from neuronsurgery.pytorch.scalars import Condition, Known, Scalars, packed, packed_method
 
-__all__ = ["Trace", "trace"]
+__all__ = ["INLINED", "Trace", "trace"]
+
+INLINED = "neuronsurgery_inlined"
+"""The key of a node's metadata under which stands the path of the inlined child that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Trace:
     graph: fx.Graph
     call: Call
     guards: tuple[Guard, ...]
+    conditions: tuple[Condition, ...] = ()
 
     @property
     def reads_mode(self) -> bool:
@@ -68,25 +77,72 @@ def trace(
     *,
     inline: frozenset[str] = frozenset(),
     training: bool | None = None,
+    known: Known | None = None,
 ) -> Trace:
     """The graph of `type(module).method` for one kind of call, its children opaque but for those named in `inline`.
 
-    `training` is the mode to trace in, None for the module's own.
+    `training` is the mode to trace in, None for the module's own. `known` says where the values of sizes and numbers
+    come from that decide what is computed; without it, nothing may depend on them.
 
     Raises:
         UntraceableError: the function cannot be read soundly; the error carries reason, file and line.
     """
-    tracer = Tracer(module, inline, training)
+    places: frozenset[Any] = frozenset()
+    while True:
+        tracer = Tracer(module, inline, training, Scalars(module, known, places))
+        try:
+            return _traced(tracer, method, call)
+        except UntraceableError as error:
+            new = frozenset(tracer.scalars.refused[-1:]) - places
+            if known is None or not new or not isinstance(error.__cause__, TypeError):
+                raise
+            places |= new
+
+
+def _traced(tracer: Tracer, method: str, call: Call) -> Trace:
+    module = tracer.module
     function = inspect.getattr_static(original_class(module), method)
     try:
-        with unswallowed(), ambient_untouched(), _outside_untouched(tracer, method), Recording(tracer):
+        with unswallowed(), _surroundings(tracer, method), Recording(tracer):
             bound = tracer.placeholders(call)
             result = unbind(function, tracer.mirror, bound)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
-        tracer.reads.check_unchanged(tracer.mirrored(module))
+            tracer.check_unchanged()
     except (Exception, Impurity) as error:  # whatever a forward raises when it meets a proxy is its reason
         raise _untraceable(error, module, method) from error
-    return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()))
+    return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()), tuple(tracer.scalars.conditions.values()))
+
+
+@contextlib.contextmanager
+def _surroundings(tracer: Tracer, method: str) -> Iterator[None]:
+    """All that is exchanged, noted and put back around a forward; one trace at a time, as it concerns the process."""
+    recorded = einops_recorded(tracer.call_opaque)
+    with _ALONE, ambient_untouched(), _sizes_packed(), recorded, _outside_untouched(tracer, method):
+        yield
+
+
+_ALONE = threading.RLock()
+
+
+@contextlib.contextmanager
+def _sizes_packed() -> Iterator[None]:
+    """Let torch's factories take symbolic sizes one by one, as they take integers."""
+    functions = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, function in functions.items():
+            setattr(torch, name, packed(function))
+        for name in _SIZED_METHODS:
+            setattr(Tensor, name, packed_method(getattr(Tensor, name)))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(torch, name, function)
+        for name in _SIZED_METHODS:
+            delattr(Tensor, name)
+
+
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
+_SIZED_METHODS = ("expand", "new_zeros", "new_ones", "new_empty")  # torch.Tensor inherits them
 
 
 @contextlib.contextmanager
@@ -131,12 +187,14 @@ _LIBRARIES = ("torch", "numpy", "einops")
 class Tracer(GraphAppendingTracer):
     """Records a forward run on a mirror; torch.fx's own Tracer patches nn.Module for the whole process."""
 
-    def __init__(self, module: nn.Module, inline: frozenset[str], training: bool | None) -> None:
+    def __init__(self, module: nn.Module, inline: frozenset[str], training: bool | None, scalars: Scalars) -> None:
         super().__init__(fx.Graph())
-        self.module, self.inline = module, inline
+        self.module, self.inline, self.scalars = module, inline, scalars
+        self.inlined: list[str] = []
         self.mirror, self.mirrors = mirror_of(module, self, training)
         self.reads = Reads(self.mirrors)
         self.known_tensors: set[fx.Node] = set()
+        self.made: list[tuple[str, Any, tuple[tuple[str, Any], ...], Any]] = []  # dataclasses among the arguments
         self.registered: dict[int, tuple[Tensor, str]] = {}
         for name, tensor in _registered_tensors(module):
             self.registered.setdefault(id(tensor), (tensor, name))
@@ -145,6 +203,15 @@ class Tracer(GraphAppendingTracer):
         for original in modules_under(root):
             if id(original) in self.mirrors and not isinstance(original, torch.jit.ScriptModule):
                 yield original, self.mirrors[id(original)]
+
+    def check_unchanged(self) -> None:
+        """Refuse a forward that wrote attributes, or into what it read or was given."""
+        self.reads.check_unchanged(self.mirrored(self.module))
+        for label, made, before, keys in self.made:
+            now, items = contents_of(made)
+            is_same = len(now) == len(before) and all(now.get(name) is value for name, value in before)
+            if not is_same or items != keys:
+                raise Impurity(f"writes into '{label}'")
 
     # what the mirror reports
 
@@ -159,9 +226,25 @@ class Tracer(GraphAppendingTracer):
         if not path:
             raise Impurity("calls itself")
         if path in self.inline:
-            return module.forward(*args, **kwargs)
+            with self.inside(path):
+                return module.forward(*args, **kwargs)
         self.reads.check_unchanged(self.mirrored(submodule(self.module, path)))  # no functional_call at work
         return self.create_proxy("call_module", path, args, kwargs)
+
+    @contextlib.contextmanager
+    def inside(self, path: str) -> Iterator[None]:
+        """While the forward of an inlined child runs: its nodes say whose they are."""
+        self.inlined.append(path)
+        try:
+            yield
+        finally:
+            self.inlined.pop()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        if self.inlined:
+            node.meta[INLINED] = self.inlined[-1]
+        return node
 
     # what torch reports
 
@@ -180,6 +263,10 @@ class Tracer(GraphAppendingTracer):
         if name in _SHAPE_READS and issubclass(type(args[0]), Tensor):  # a proxy only claims to be one
             return function(*args, **kwargs)
         return self.create_proxy("call_method", name, args, kwargs)
+
+    def call_opaque(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a function of a library as it is, whatever it does."""
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def read_property(self, name: str, tensor: Tensor) -> Any:
         if name in ("shape", "ndim"):
@@ -202,7 +289,14 @@ class Tracer(GraphAppendingTracer):
         if kind in ("tensor", "number"):
             node = self.create_node("placeholder", name, (), {})
             self.known_tensors |= {node} if kind == "tensor" else set()
+            self.scalars.add_leaf(node, is_number=kind == "number")
             return self.proxy(node)
+        if kind == "object":
+            parts = zip(part[2], part[3], strict=True)
+            attributes = {key: self.placeholder(f"{name}_{key}", value) for key, value in parts}
+            made = maker(part[1], part[2], part[4])(*attributes.values())
+            self.made.append((name, made, tuple(attributes.items()), part[4]))
+            return made
         items = [self.placeholder(f"{name}_{index}", item) for index, item in enumerate(part[1])]
         if issubclass(kind, list):
             self.reads.watch(name, items)
@@ -212,6 +306,8 @@ class Tracer(GraphAppendingTracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if self.gives_tensor(node):
             self.known_tensors.add(node)
+        if self.scalars.note(node):
+            return ScalarProxy(node, self)
         return TensorProxy(node, self) if node in self.known_tensors else OpaqueProxy(node, self)
 
     def gives_tensor(self, node: fx.Node) -> bool:
@@ -219,6 +315,9 @@ class Tracer(GraphAppendingTracer):
         if node.op == "call_module":
             return isinstance(submodule(self.module, str(node.target)), (nn.Linear, nn.modules.conv._ConvNd))
         name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        if name == "getitem":
+            base: Any = node.args[0]
+            return base in self.known_tensors or getattr(base.target, "__name__", base.target) in _PIECES
         return name in _TENSOR_RESULTS and not self.known_tensors.isdisjoint(node.all_input_nodes)
 
     def create_arg(self, a: Any) -> Any:
@@ -232,6 +331,12 @@ class Tracer(GraphAppendingTracer):
             return kind(*items) if is_namedtuple(kind) else (tuple(items) if issubclass(kind, tuple) else items)
         if kind is dict:
             return {self.create_arg(k): self.create_arg(v) for k, v in a.items()}
+        if dataclasses.is_dataclass(kind):
+            attributes, keys = contents_of(a)
+            values = tuple(self.create_arg(value) for value in attributes.values())
+            return self.create_node("call_function", maker(kind, tuple(attributes), keys), values, {})
+        if kind is collections.OrderedDict:
+            return self.create_node("call_function", kind, (list(map(self.create_arg, a.items())),), {})
         if kind is slice:
             return slice(*(self.create_arg(part) for part in (a.start, a.stop, a.step)))
         if kind in _ARGUMENTS or a is Ellipsis or isinstance(a, (torch.Size, range)):
@@ -247,16 +352,27 @@ class Tracer(GraphAppendingTracer):
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        if obj.node in self.scalars.expressions:
+            return bool(self.scalars.ask(self.scalars.expressions[obj.node]))
         raise Impurity("control flow on tensor values or shapes (a tensor or a size decides a branch)")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         frame = inspect.currentframe()
         assert frame is not None and frame.f_back is not None
-        return _unpacked(obj, frame.f_back.f_back)
+        return _unpacked(obj, frame.f_back.f_back) or iter([obj[k] for k in range(self.length(obj))])  # type: ignore[index]
+
+    def length(self, obj: fx.Proxy) -> int:
+        """The number of items of a tensor, or of the pieces it was cut into, where it can be known."""
+        expression = self.scalars.length(obj.node) if self.scalars.known is not None else None
+        if expression is None:
+            raise Impurity(
+                "control flow on tensor values or shapes (loops over a tensor or a size, or asks its length)"
+            )
+        return int(self.scalars.ask(expression))
 
 
-def _unpacked(obj: Any, frame: Any) -> Iterator[Any]:
-    """`a, b = proxy` can be recorded, as the bytecode says how many; any other iteration cannot."""
+def _unpacked(obj: Any, frame: Any) -> Iterator[Any] | None:
+    """`a, b = proxy` can be recorded, as the bytecode says how many; None for any other iteration."""
     while frame is not None and frame.f_code.co_filename == fx.proxy.__file__:
         frame = frame.f_back
     if frame is not None:
@@ -266,7 +382,7 @@ def _unpacked(obj: Any, frame: Any) -> Iterator[Any]:
             instruction = instructions.get(instruction.offset + 2)
         if instruction is not None and instruction.opname == "UNPACK_SEQUENCE":
             return (obj[index] for index in range(instruction.argval))
-    raise Impurity("control flow on tensor values or shapes (loops over a tensor or a size)")
+    return None
 
 
 class OpaqueProxy(fx.Proxy):
@@ -282,11 +398,49 @@ class OpaqueProxy(fx.Proxy):
         raise Impurity("asks for the type of a value that is known only when it runs")
 
     def __len__(self) -> int:
-        raise Impurity("asks for the length of a tensor, which is known only when it runs (x.shape[0] can be recorded)")
+        return self.tracer.length(self)  # type: ignore[attr-defined, no-any-return]
+
+    def __index__(self) -> int:
+        # no Impurity: some of torch's C functions ask, and go on without an answer
+        raise TypeError("control flow on tensor values or shapes (Python needs an integer known only when it runs)")
+
+    def __hash__(self) -> int:
+        raise Impurity("uses a tensor or a size as a key, or gives it to a function that caches")
+
+
+class ScalarProxy(OpaqueProxy):
+    """A size or a number of the call: Python may ask for its value, and the graph then holds for that value."""
+
+    def ask(self) -> Any:
+        """The value, which becomes a condition of the graph."""
+        return self.tracer.scalars.ask(self.tracer.scalars.expressions[self.node])  # type: ignore[attr-defined]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.ask()) if is_type_question(inspect.currentframe()) else ScalarProxy
+
+    def __index__(self) -> int:
+        caller = sys._getframe(1)
+        scalars: Scalars = self.tracer.scalars  # type: ignore[attr-defined]
+        return scalars.integer(scalars.expressions[self.node], (caller.f_code, caller.f_lasti))
+
+    def __int__(self) -> int:
+        return int(self.ask())
+
+    def __float__(self) -> float:
+        return float(self.ask())
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.ask(), digits)
 
 
 class TensorProxy(OpaqueProxy):
     """A tensor argument: `isinstance(x, torch.Tensor)` is true of it, as it will be of the argument."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shape", "ndim"):
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -344,8 +498,10 @@ _SHAPE_READS = frozenset(
 )
 _TENSOR_RESULTS = frozenset(
     "add sub mul truediv neg pow matmul abs exp linear conv1d conv2d conv3d relu leaky_relu elu gelu silu tanh sigmoid "
-    "softplus dropout view reshape flatten transpose permute squeeze unsqueeze cat stack float detach clone".split()
+    "softplus dropout view reshape flatten transpose permute squeeze unsqueeze cat stack float detach clone "
+    "rearrange reduce repeat einsum".split()
 )
+_PIECES = frozenset({"unbind", "split", "chunk"})
 _ARGUMENTS = frozenset(
     {int, float, complex, str, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 )

@@ -15,6 +15,7 @@ from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import Multiplication, multiplication_at, shape_of
 from neuronsurgery.pytorch.products import Product
 from neuronsurgery.pytorch.recognition import OwnTensor
+from neuronsurgery.pytorch.tracing import INLINED
 
 __all__ = ["Use", "find_uses", "get_attr_reads"]
 
@@ -62,6 +63,11 @@ class Use:
     def last(self) -> fx.Node:
         """The node of the last link, or of the producer itself where there is none."""
         return self.links[-1].node if self.links else self.node
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """For the producer and each link, the path of the inlined child that it comes from, "" for the scope itself."""
+        return tuple(node.meta.get(INLINED, "") for node in (self.node, *(link.node for link in self.links)))
 
     @property
     def own(self) -> tuple[OwnTensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import io
 import itertools
 import logging
 import os
@@ -34,7 +35,7 @@ NUMPY_RANDOM = np.random.default_rng(0)
 PYTHON_RANDOM = random.Random(0)
 TORCH_RANDOM = torch.Generator().manual_seed(0)
 NUMBERS = itertools.count()
-LOG = open(os.devnull, "w")  # noqa: SIM115
+LOG = io.StringIO()
 LOGGER = logging.getLogger(__name__)
 
 

@@ -305,6 +305,16 @@ class InferenceBlockBeside(Hidden):
         return self.out(h) + self.out(h.detach())
 
 
+class AsksLength(Hidden):
+    def forward(self, x):
+        return self.out(F.relu(self.fc(x))) * len(x)
+
+
+class LoopsOverRows(Hidden):
+    def forward(self, x):
+        return torch.stack([self.out(F.relu(self.fc(row))) for row in x])
+
+
 RECORDED = [
     (FunctionalDropout, [plain, evaluating]),
     (OptionalMask, [plain, lambda m: m(x(), torch.arange(6.0)), lambda m: m(x(), mask=torch.zeros(6))]),
@@ -343,6 +353,8 @@ RECORDED = [
     (Structures, [plain, lambda m: m(Pair(x(), 2 * x()))]),
     (ParametersAsMetadata, [plain, lambda m: m.double()(x())]),
     (InferenceBlockBeside, [plain]),
+    (AsksLength, [plain, lambda m: m(x()[:2])]),
+    (LoopsOverRows, [plain, lambda m: m(x()[:2]), plain]),
 ]
 
 
@@ -561,16 +573,6 @@ class BranchesOnShape(Hidden):
         return self.out(F.relu(self.fc(x.mean(1) if x.dim() == 3 else x)))
 
 
-class AsksLength(Hidden):
-    def forward(self, x):
-        return self.out(F.relu(self.fc(x))) * len(x)
-
-
-class LoopsOverRows(Hidden):
-    def forward(self, x):
-        return torch.stack([self.out(F.relu(self.fc(row))) for row in x])
-
-
 FACTOR = torch.full((6,), 2.0)
 
 
@@ -600,9 +602,9 @@ class GradientInside(Hidden):
         return torch.func.grad(lambda row: self.out(F.relu(self.fc(row))).sum())(x)
 
 
-@dataclasses.dataclass
 class Output:
-    y: torch.Tensor
+    def __init__(self, y: torch.Tensor) -> None:
+        self.y = y
 
 
 class OwnOutputClass(Hidden):
@@ -640,8 +642,6 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (BranchesOnValue, "control flow on tensor values"),
     (BranchesQuietly, "control flow on tensor values"),
     (BranchesOnShape, "control flow on tensor values or shapes"),
-    (AsksLength, "asks for the length of a tensor"),
-    (LoopsOverRows, "loops over a tensor"),
     (GlobalTensor, "neither an argument nor an attribute of the module"),
     (lambda: UnregisteredModule(layers=[nn.Linear(4, 4)]), "a module that is not registered as a child"),
     (lambda: OpaqueCallable(act=functools.partial(F.leaky_relu, negative_slope=0.3)), "calls 'act', a partial"),
