@@ -219,7 +219,9 @@ class Tracer(GraphAppendingTracer):
         return self.reads.take(path_of(module), (("attribute", name),), value)
 
     def read_children(self, module: Mirror) -> None:
-        self.reads.note(path_of(module), (("children", None),), child_names(module))  # type: ignore[arg-type]
+        path, steps = path_of(module), (("children", None),)
+        if (path, steps) not in self.reads.guards:  # a loop over indices asks at each of them
+            self.reads.note(path, steps, child_names(module))  # type: ignore[arg-type]
 
     def call_module(self, module: Mirror, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = path_of(module)
