@@ -133,9 +133,8 @@ def _region(value: fx.Node, readers: Sequence[fx.Node], scope: nn.Module, shape:
     steps = UnitSteps(scope, shape)
     steps.enter(value)
     waiting, members = set(readers), list[fx.Node]()
-    order = {node: place for place, node in enumerate(value.graph.nodes)} if len(readers) > 1 else {}
     while waiting:
-        node = min(waiting, key=order.__getitem__) if len(waiting) > 1 else next(iter(waiting))
+        node = min(waiting)  # the first in the graph
         waiting.remove(node)
         if problem := _taken_in(node, steps, scope, shape):
             return problem if not members and len(readers) == 1 else _read_often(readers)
@@ -204,7 +203,7 @@ def is_generated(node: Any) -> bool:
     waiting = [node]
     while waiting:
         found = waiting.pop()
-        if found in seen or found.op not in ("call_function", "call_method"):
+        if found.op not in ("call_function", "call_method") or _SUMS in found.meta or found in seen:
             continue
         seen.add(found)
         name = canonical_name(found)
@@ -213,4 +212,10 @@ def is_generated(node: Any) -> bool:
             return True
         if name in _PRODUCTS or name in _THROUGH:
             waiting += computed
+    for found in seen:  # so that a residual stream is walked once, not once for every block
+        found.meta[_SUMS] = True
     return False
+
+
+_SUMS = "neuronsurgery_sums"
+"""The key of a node's metadata that says that no product of two computed tensors is in it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,10 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
+from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fused import overrides
 from neuronsurgery.pytorch.insertion import Rewrite, insert_banks
-from neuronsurgery.pytorch.mirroring import Guard, original_class
+from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.scalars import Actual, Condition
 from neuronsurgery.pytorch.tracing import Trace, trace
 
@@ -39,6 +40,7 @@ class Program:
     methods: tuple[str, ...] = ()
     inline: frozenset[str] = frozenset()
     is_open: bool = False  # a Sequential inside another, which may end between a producer and its activation
+    present: frozenset[str] = frozenset()  # the children and parameters that there are, which a forward may ask
 
 
 def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
@@ -47,10 +49,21 @@ def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
     Raises:
         UntraceableError: the default call cannot be traced with these sites.
     """
+    if program.methods:
+        program = replace(program, present=frozenset(_present(instance, program.inline)))
     cls = generated_class(cast(Any, original_class(instance)), program)
     for entry in cls._neuronsurgery_entries.values():  # type: ignore[attr-defined]
         entry.prepare(instance)
     return cls
+
+
+def _present(instance: nn.Module, inline: frozenset[str]) -> Iterator[str]:
+    """What a scope and the children that its graphs take in have: instances that differ in it share no graph."""
+    for path in ("", *inline):
+        module = submodule(instance, path)
+        for name, value in (*module._modules.items(), *module._parameters.items(), *module._buffers.items()):
+            if value is not None and not isinstance(value, Composite):
+                yield f"{path}.{name}" if path else name
 
 
 @functools.cache

@@ -187,6 +187,8 @@ def function_of_module(module: nn.Module, shape: UnitShape | None = None) -> Uni
     shape = UnitShape(None, ()) if shape is None else shape
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module"
+    if any(parameter.numel() > max(parameter.shape, default=1) for parameter in module.parameters()):
+        return f"{original_class(module).__name__} is not unit-wise"  # it holds matrices: no need to trace it
     likeness = _likeness(module)
     for guards, known in _KNOWN.get(likeness, ()):
         if all(guard.holds(module) for guard in guards):

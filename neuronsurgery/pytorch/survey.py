@@ -31,6 +31,7 @@ from neuronsurgery.pytorch.reading import (
     targets_of,
 )
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
+from neuronsurgery.pytorch.recognition import is_metadata
 from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
@@ -95,8 +96,18 @@ class Survey:
         inner = self.readings.get(id(child))
         if inner is None or has_hooks(child) or len(node.users) != 1:
             return False
-        is_open = any(use.followed.is_open for _, t in inner.traces for use in self.uses_in(t, inner.scope))
-        return is_open and next(iter(node.users)).op != "output"
+        (reader,) = node.users
+        if reader.op == "output" or (reader.op == "call_module" and self.reads_often(scope, str(reader.target))):
+            return False
+        return any(use.followed.is_open for _, t in inner.traces for use in self.uses_in(t, inner.scope))
+
+    def reads_often(self, scope: nn.Module, path: str) -> bool:
+        """Whether a child with a forward of its own reads what it is given more than once, as a residual block does."""
+        inner = self.readings.get(id(submodule(scope, path)))
+        if inner is None or not inner.traces:
+            return False
+        inputs = [node for node in inner.traces[0][1].graph.nodes if node.op == "placeholder"]
+        return len([user for user in inputs[0].users if not is_metadata(user)]) > 1 if inputs else False
 
     def entered(self, reading: Reading) -> set[str]:
         """Children that a pre-activation of this scope enters, and that may hold its activation function.
@@ -108,7 +119,7 @@ class Survey:
         return {
             path
             for path, child in children.items()
-            if id(child) in self.readings and not has_hooks(child)
+            if id(child) in self.readings and not has_hooks(child) and not self.reads_often(reading.scope, path)
             if is_sequential(child) or not reading.is_sequential
         }
 
@@ -178,9 +189,9 @@ class Survey:
         needed = {
             id(scope): frozenset(
                 path
-                for path in reading.inline
                 for place, home in homes[id(scope)]
-                if _is_at_or_in(path, home) and not any(other.scope is submodule(scope, path) for other in place.homes)
+                for path in _around(home) & reading.inline
+                if not any(other.scope is submodule(scope, path) for other in place.homes)
             )
             for scope, reading in ((r.scope, r) for r in self.readings.values())
         }
@@ -189,7 +200,7 @@ class Survey:
             spare = home.inline - needed[id(home.scope)]
             if is_sequential(home.scope) and any(_is_within(other, home) for other in place.homes):
                 return None
-            if any(_is_at_or_in(path, home) for path in spare):
+            if not _around(home).isdisjoint(spare):
                 return None
             return replace(home, inline=home.inline - spare)
 
@@ -400,9 +411,10 @@ def _beyond_metadata(users: list[fx.Node]) -> str:
     return ""
 
 
-def _is_at_or_in(path: str, home: Home) -> bool:
-    """Whether a part of a home's site is in the forward of an inlined child, or below it."""
-    return any(f"{part}.".startswith(f"{path}.") for part in home.origins)
+def _around(home: Home) -> set[str]:
+    """The inlined children in whose forward a part of a home's site is, and those around them."""
+    found = set(home.origins) - {""}
+    return found | {".".join(part.split(".")[:depth]) for part in found for depth in range(1, part.count(".") + 1)}
 
 
 def _is_within(inner: Home, outer: Home) -> bool:

@@ -304,7 +304,7 @@ def test_slices_appends_and_inserts_keep_the_output():
 def test_a_slice_that_cuts_a_site_says_so():
     model = mlp()
     surgery.knife(model, UNITS)
-    with pytest.raises(surgery.SurgeryError, match="ends between Linear and its activation function"):
+    with pytest.raises(surgery.SurgeryError, match="ends between a producer and its activation function ReLU"):
         model[:3](x())
     assert model[:4](x()).shape == (5, 5)
 
