@@ -12,6 +12,7 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import produce
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import is_hook_call
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.taps import tap
 from neuronsurgery.pytorch.tracing import trace
@@ -53,7 +54,7 @@ def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
     """The modules from producer to activation are of the class they were, with the settings they had."""
     node = use.node
     while node is not use.end:
-        node = next(iter(node.users))
+        node = next(user for user in node.users if not is_hook_call(user))
         if node.op == "call_module":
             path = str(node.target)
             module = submodule(scope, path)

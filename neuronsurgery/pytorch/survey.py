@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.hooks import has_hooks
+from neuronsurgery.pytorch.hooks import forbids_inlining
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
@@ -70,7 +70,7 @@ class Survey:
     def is_straddled(self, scope: nn.Module, node: fx.Node) -> bool:
         child = submodule(scope, str(node.target))
         inner = self.readings.get(id(child))
-        if inner is None or has_hooks(child) or len(node.users) != 1:
+        if inner is None or forbids_inlining(child) or len(node.users) != 1:
             return False
         is_open = any(use.is_open for _, t in inner.traces for use in find_uses(t.graph, inner.scope))
         return is_open and next(iter(node.users)).op != "output"

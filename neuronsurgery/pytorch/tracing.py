@@ -32,6 +32,7 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.ambient import ambient_untouched
 from neuronsurgery.pytorch.calls import Call, Description, contents_of, is_namedtuple, maker, unbind
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import run_hooks, run_pre_hooks
 from neuronsurgery.pytorch.mirroring import (
     Guard,
     Impurity,
@@ -74,11 +75,13 @@ def trace(
     inline: frozenset[str] = frozenset(),
     training: bool | None = None,
     known: Known | None = None,
+    runs_hooks: bool = False,
 ) -> Trace:
     """The graph of `type(module).method` for one kind of call, its children opaque but for those named in `inline`.
 
     `training` is the mode to trace in, None for the module's own. `known` says where the values of sizes and numbers
-    come from that decide what is computed; without it, nothing may depend on them.
+    come from that decide what is computed; without it, nothing may depend on them. `runs_hooks` adds calls of the
+    hooks that inlined children have, for a graph that will run.
 
     Raises:
         UntraceableError: the function cannot be read soundly; the error carries reason, file and line.
@@ -86,6 +89,7 @@ def trace(
     places: frozenset[Any] = frozenset()
     while True:
         tracer = Tracer(module, inline, training, Scalars(module, known, places))
+        tracer.runs_hooks = runs_hooks
         try:
             return _traced(tracer, method, call)
         except UntraceableError as error:
@@ -189,6 +193,7 @@ class Tracer(GraphAppendingTracer):
         self.mirror, self.mirrors = mirror_of(module, self, training)
         self.reads = Reads(self.mirrors)
         self.known_tensors: set[fx.Node] = set()
+        self.runs_hooks = False
         self.made: list[tuple[str, Any, tuple[tuple[str, Any], ...], Any]] = []  # dataclasses among the arguments
         self.registered: dict[int, tuple[Tensor, str]] = {}
         for name, tensor in _registered_tensors(module):
@@ -221,9 +226,20 @@ class Tracer(GraphAppendingTracer):
         if not path:
             raise Impurity("calls itself")
         if path in self.inline:
-            return module.forward(*args, **kwargs)
+            return self.inlined(module, path, args, kwargs)
         self.reads.check_unchanged(self.mirrored(submodule(self.module, path)))  # no functional_call at work
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def inlined(self, module: Mirror, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A child as part of this graph, its hooks around it as `nn.Module.__call__` runs them."""
+        if self.runs_hooks:
+            child = self.create_node("get_attr", path, (), {})
+            received = child, self.create_arg(args), self.create_arg(kwargs)
+            self.create_node("call_function", run_pre_hooks, received, {})
+        result = module.forward(*args, **kwargs)
+        if self.runs_hooks:
+            self.create_node("call_function", run_hooks, (*received, self.create_arg(result)), {})
+        return result
 
     # what torch reports
 

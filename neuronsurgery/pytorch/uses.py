@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.composites import Product, UnitPath
-from neuronsurgery.pytorch.hooks import may_change_output
+from neuronsurgery.pytorch.hooks import is_hook_call, may_change_output
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.recognition import canonical_name, function_of_module, function_of_node
 from neuronsurgery.pytorch.unitwise import IDENTITY, Kind, UnitFunction
@@ -168,7 +168,7 @@ def _followed(use: Use, scope: nn.Module) -> Use:
     parameters: tuple[str, ...] = ()
     node, offset = use.node, 0
     while True:
-        users = list(node.users)
+        users = [user for user in node.users if not is_hook_call(user)]
         if len(users) != 1:
             return replace(use, problem=_unread_or_shared(len(users)))
         user = users[0]
