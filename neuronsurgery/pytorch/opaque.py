@@ -2,7 +2,7 @@
 
 They are recorded however the user's code came by them (`from einops import rearrange`, a partial, an attribute): while
 a forward is traced, the functions' code is exchanged for one that asks the tracer first. einops itself is never
-imported here; if nobody has imported it, no forward can call it.
+imported here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from neuronsurgery.pytorch.mirroring import original_class
 
-__all__ = ["einops_recorded", "is_of_einops"]
+__all__ = ["einops_recorded", "is_imported", "is_of_einops"]
 
 _NAMES = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
 Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -41,6 +41,11 @@ def einops_recorded(record: Record) -> Iterator[None]:
     finally:
         for name, function in exchanged.items():
             function.__code__ = codes[name]
+
+
+def is_imported() -> bool:
+    """Whether anyone has imported einops by now; a forward may do so itself, and is then traced again."""
+    return "einops" in sys.modules
 
 
 def is_of_einops(module: nn.Module) -> bool:

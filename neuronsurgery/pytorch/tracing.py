@@ -45,7 +45,7 @@ from neuronsurgery.pytorch.mirroring import (
     submodule,
     unswallowed,
 )
-from neuronsurgery.pytorch.opaque import einops_recorded
+from neuronsurgery.pytorch.opaque import einops_recorded, is_imported
 from neuronsurgery.pytorch.outside import Outside
 from neuronsurgery.pytorch.scalars import Condition, Known, Scalars, packed, packed_method
 
@@ -88,13 +88,15 @@ def trace(
     """
     places: frozenset[Any] = frozenset()
     while True:
+        has_einops = is_imported()
         tracer = Tracer(module, inline, training, Scalars(module, known, places))
         tracer.runs_hooks = runs_hooks
         try:
             return _traced(tracer, method, call)
         except UntraceableError as error:
             new = frozenset(tracer.scalars.refused[-1:]) - places
-            if known is None or not new or not isinstance(error.__cause__, TypeError):
+            needs_integer = known is not None and new and isinstance(error.__cause__, TypeError)
+            if not needs_integer and has_einops == is_imported():
                 raise
             places |= new
 
