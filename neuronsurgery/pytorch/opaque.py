@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,13 +26,13 @@ Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 @contextlib.contextmanager
 def einops_recorded(record: Record) -> Iterator[None]:
-    """Give calls of einops's functions with stand-ins for tensors to `record`, in this thread."""
+    """Give calls of einops's functions with stand-ins for tensors to `record`."""
     einops = sys.modules.get("einops")
     functions = {name: getattr(einops, name, None) for name in _NAMES}
     exchanged = {n: f for n, f in functions.items() if isinstance(f, types.FunctionType) and f.__closure__ is None}
     codes = {name: function.__code__ for name, function in exchanged.items()}
     _RUNNING.clear()
-    _RUNNING.update({name: _Running(f, _copied(f), record, threading.get_ident()) for name, f in exchanged.items()})
+    _RUNNING.update({name: _Running(f, _copied(f), record) for name, f in exchanged.items()})
     try:
         for name, function in exchanged.items():
             function.__code__ = _asking_code(name)
@@ -56,12 +55,12 @@ def is_of_einops(module: nn.Module) -> bool:
 class _Running:
     """A function of einops while its code is exchanged, with a copy that runs the code it had."""
 
-    def __init__(self, function: Any, copied: Any, record: Record, thread: int) -> None:
-        self.function, self.copied, self.record, self.thread = function, copied, record, thread
+    def __init__(self, function: Any, copied: Any, record: Record) -> None:
+        self.function, self.copied, self.record = function, copied, record
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_symbolic = any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-        if is_symbolic and threading.get_ident() == self.thread:
+        if is_symbolic:
             return self.record(self.function, args, kwargs)
         return self.copied(*args, **kwargs)
 

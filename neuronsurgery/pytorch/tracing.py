@@ -140,7 +140,8 @@ def _sizes_packed() -> Iterator[None]:
         for name, function in functions.items():
             setattr(torch, name, function)
         for name in _SIZED_METHODS:
-            delattr(Tensor, name)
+            if name in vars(Tensor):  # else an interrupt came first
+                delattr(Tensor, name)
 
 
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
