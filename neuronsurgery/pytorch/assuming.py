@@ -7,48 +7,53 @@ with 1 and with 3, and all these traces have to agree. A forward may raise an er
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from neuronsurgery.errors import UntraceableError
-from neuronsurgery.pytorch.calls import default_call, default_leaves
+from neuronsurgery.pytorch.calls import Call, default_call, default_leaves
 from neuronsurgery.pytorch.scalars import Assumed
 from neuronsurgery.pytorch.tracing import Trace, trace
 
 __all__ = ["default_traces"]
 
 _OTHER_SIZES = (1, 3)
+Tracing = Callable[..., Trace]
 
 
-def default_traces(module: nn.Module, method: str, inline: frozenset[str] = frozenset()) -> list[Trace]:
+def default_traces(
+    module: nn.Module, method: str, inline: frozenset[str] = frozenset(), *, runs_hooks: bool = False
+) -> list[Trace]:
     """The default call in both modes; numbers are inputs of the graph where that can be traced, else constants.
+
+    `runs_hooks` is for graphs that will run, see `trace`.
 
     Raises:
         UntraceableError: the function cannot be read soundly.
     """
+    tracing = functools.partial(trace, module, method, inline=inline, runs_hooks=runs_hooks)
+    leaves = default_leaves(module, method)
     try:
-        return _in_both_modes(module, method, inline, constant_numbers=False)
+        return _in_both_modes(tracing, default_call(module, method), leaves, not module.training)
     except UntraceableError:
-        if not any(leaf is not None for leaf in default_leaves(module, method)):
+        if all(leaf is None for leaf in leaves):
             raise
-    return _in_both_modes(module, method, inline, constant_numbers=True)
+    return _in_both_modes(tracing, default_call(module, method, constant_numbers=True), leaves, not module.training)
 
 
-def _in_both_modes(module: nn.Module, method: str, inline: frozenset[str], constant_numbers: bool) -> list[Trace]:
-    found = _for_all_sizes(module, method, inline, constant_numbers, None)
+def _in_both_modes(tracing: Tracing, call: Call, leaves: tuple[Any, ...], other_mode: bool) -> list[Trace]:
+    found = _for_all_sizes(functools.partial(tracing, call), leaves)
     if not any(traced.reads_mode for traced in found):
         return found
-    return [*found, *_for_all_sizes(module, method, inline, constant_numbers, not module.training)]
+    return [*found, *_for_all_sizes(functools.partial(tracing, call, training=other_mode), leaves)]
 
 
-def _for_all_sizes(
-    module: nn.Module, method: str, inline: frozenset[str], constant_numbers: bool, training: bool | None
-) -> list[Trace]:
-    call = default_call(module, method, constant_numbers)
-    leaves = default_leaves(module, method)
-
+def _for_all_sizes(tracing: Tracing, leaves: tuple[Any, ...]) -> list[Trace]:
     def assuming(size: int, prefers_equal: bool) -> Trace:
-        known = Assumed(leaves, size, prefers_equal)
-        return trace(module, method, call, inline=inline, training=training, known=known)
+        return tracing(known=Assumed(leaves, size, prefers_equal))
 
     found, failure = [], None
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from neuronsurgery.pytorch.hooks import has_hooks, may_change_output
+from neuronsurgery.pytorch.hooks import forbids_inlining, has_hooks, may_change_output
 from neuronsurgery.pytorch.links import Dropout, Link, Norm
 from neuronsurgery.pytorch.mirroring import submodule
 from neuronsurgery.pytorch.recognition import (
@@ -154,7 +154,7 @@ def _taken_in(node: fx.Node, steps: UnitSteps, scope: nn.Module, shape: UnitShap
     if node.op == "call_module":
         module = submodule(scope, str(node.target))
         function = function_of_module(module, shape)
-        if isinstance(function, str) or function.others or has_hooks(module) or len(node.args) != 1:
+        if isinstance(function, str) or function.others or forbids_inlining(module) or len(node.args) != 1:
             return f"no activation function: it feeds '{node.target}'"
         steps.add_module(node, function)
         return ""

@@ -161,7 +161,7 @@ class Entry:
         """Trace the default call in both modes, so that the first real call is already fast and cannot fail."""
         kinds = [default_call(instance, self.method, constant).description for constant in (False, True)]
         if all(self.find(instance, kind, None) is None for kind in kinds):
-            for traced in default_traces(instance, self.method, self.program.inline):
+            for traced in default_traces(instance, self.method, self.program.inline, runs_hooks=True):
                 self.add(instance, traced)
 
     def find(self, instance: nn.Module, description: Any, leaves: list[Any] | None) -> Graph | None:
@@ -175,8 +175,8 @@ class Entry:
 
     def trace(self, instance: nn.Module, call: Call, leaves: list[Any]) -> Graph:
         """Trace the original function for a new kind of call, or for new sizes and numbers."""
-        known = Actual(leaves)
-        return self.add(instance, trace(instance, self.method, call, inline=self.program.inline, known=known))
+        inline, known = self.program.inline, Actual(leaves)
+        return self.add(instance, trace(instance, self.method, call, inline=inline, known=known, runs_hooks=True))
 
     def add(self, instance: nn.Module, traced: Trace) -> Graph:
         """Put the banks into a traced graph and keep it."""

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
+from neuronsurgery.pytorch.hooks import is_hook_call
 from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, Reshape, UnitFunction
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.tracing import trace
@@ -452,7 +453,9 @@ def is_unitwise(node: fx.Node) -> bool:
 
 
 def is_metadata(node: fx.Node) -> bool:
-    """Whether a node asks a tensor for its shape, dtype or device only."""
+    """Whether a node asks a tensor for its shape, dtype or device only, or shows it to a hook that changes nothing."""
+    if is_hook_call(node):
+        return True
     if node.op not in ("call_function", "call_method") or canonical_name(node) not in METADATA:
         return False
     return not (

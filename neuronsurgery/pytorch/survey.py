@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.chains import chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.hooks import has_hooks
+from neuronsurgery.pytorch.hooks import forbids_inlining
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
@@ -94,7 +94,7 @@ class Survey:
     def is_straddled(self, scope: nn.Module, node: fx.Node) -> bool:
         child = submodule(scope, str(node.target))
         inner = self.readings.get(id(child))
-        if inner is None or has_hooks(child) or len(node.users) != 1:
+        if inner is None or forbids_inlining(child) or len(node.users) != 1:
             return False
         (reader,) = node.users
         if reader.op == "output" or (reader.op == "call_module" and self.reads_often(scope, str(reader.target))):
@@ -119,7 +119,7 @@ class Survey:
         return {
             path
             for path, child in children.items()
-            if id(child) in self.readings and not has_hooks(child) and not self.reads_often(reading.scope, path)
+            if id(child) in self.readings and not forbids_inlining(child) and not self.reads_often(reading.scope, path)
             if is_sequential(child) or not reading.is_sequential
         }
 

@@ -32,6 +32,7 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.ambient import ambient_untouched
 from neuronsurgery.pytorch.calls import Call, Description, contents_of, is_namedtuple, maker, unbind
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import run_hooks, run_pre_hooks
 from neuronsurgery.pytorch.mirroring import (
     Guard,
     Impurity,
@@ -45,7 +46,7 @@ from neuronsurgery.pytorch.mirroring import (
     submodule,
     unswallowed,
 )
-from neuronsurgery.pytorch.opaque import einops_recorded
+from neuronsurgery.pytorch.opaque import einops_recorded, is_imported
 from neuronsurgery.pytorch.outside import Outside
 from neuronsurgery.pytorch.scalars import Condition, Known, Scalars, packed, packed_method
 
@@ -78,23 +79,28 @@ def trace(
     inline: frozenset[str] = frozenset(),
     training: bool | None = None,
     known: Known | None = None,
+    runs_hooks: bool = False,
 ) -> Trace:
     """The graph of `type(module).method` for one kind of call, its children opaque but for those named in `inline`.
 
     `training` is the mode to trace in, None for the module's own. `known` says where the values of sizes and numbers
-    come from that decide what is computed; without it, nothing may depend on them.
+    come from that decide what is computed; without it, nothing may depend on them. `runs_hooks` adds calls of the
+    hooks that inlined children have, for a graph that will run.
 
     Raises:
         UntraceableError: the function cannot be read soundly; the error carries reason, file and line.
     """
     places: frozenset[Any] = frozenset()
     while True:
+        has_einops = is_imported()
         tracer = Tracer(module, inline, training, Scalars(module, known, places))
+        tracer.runs_hooks = runs_hooks
         try:
             return _traced(tracer, method, call)
         except UntraceableError as error:
             new = frozenset(tracer.scalars.refused[-1:]) - places
-            if known is None or not new or not isinstance(error.__cause__, TypeError):
+            needs_integer = known is not None and new and isinstance(error.__cause__, TypeError)
+            if not needs_integer and has_einops == is_imported():
                 raise
             places |= new
 
@@ -138,7 +144,8 @@ def _sizes_packed() -> Iterator[None]:
         for name, function in functions.items():
             setattr(torch, name, function)
         for name in _SIZED_METHODS:
-            delattr(Tensor, name)
+            if name in vars(Tensor):  # else an interrupt came first
+                delattr(Tensor, name)
 
 
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
@@ -194,6 +201,7 @@ class Tracer(GraphAppendingTracer):
         self.mirror, self.mirrors = mirror_of(module, self, training)
         self.reads = Reads(self.mirrors)
         self.known_tensors: set[fx.Node] = set()
+        self.runs_hooks = False
         self.made: list[tuple[str, Any, tuple[tuple[str, Any], ...], Any]] = []  # dataclasses among the arguments
         self.registered: dict[int, tuple[Tensor, str]] = {}
         for name, tensor in _registered_tensors(module):
@@ -229,9 +237,20 @@ class Tracer(GraphAppendingTracer):
             raise Impurity("calls itself")
         if path in self.inline:
             with self.inside(path):
-                return module.forward(*args, **kwargs)
+                return self.inlined_call(module, path, args, kwargs)
         self.reads.check_unchanged(self.mirrored(submodule(self.module, path)))  # no functional_call at work
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def inlined_call(self, module: Mirror, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A child as part of this graph, its hooks around it as `nn.Module.__call__` runs them."""
+        if self.runs_hooks:
+            child = self.create_node("get_attr", path, (), {})
+            received = child, self.create_arg(args), self.create_arg(kwargs)
+            self.create_node("call_function", run_pre_hooks, received, {})
+        result = module.forward(*args, **kwargs)
+        if self.runs_hooks:
+            self.create_node("call_function", run_hooks, (*received, self.create_arg(result)), {})
+        return result
 
     @contextlib.contextmanager
     def inside(self, path: str) -> Iterator[None]:

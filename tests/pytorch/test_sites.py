@@ -232,7 +232,7 @@ def test_a_hook_that_may_change_an_output_declines_and_one_that_cannot_does_not(
     assert not seen and not kept, "discovery called a user's hook"
 
 
-def test_a_straddled_child_is_inlined_only_without_hooks():
+def test_a_straddled_child_is_inlined_only_without_backward_hooks():
     plain, hooked = (animal.build() for animal in animals("straddle", "hooked straddle"))
     assert surgery.discover(plain)["body.2"].scope == ""
     assert "body.2" not in surgery.discover(hooked)

@@ -313,6 +313,12 @@ class ReadOtherwiseAlone(Cell):
         return self.out(F.relu(z) + z if x.shape[1] == 1 else F.relu(z))
 
 
+class ReadOtherwiseFromThreeOn(Cell):
+    def forward(self, x):
+        z = self.fc(x)
+        return self.out(F.relu(z) + z if x.shape[1] > 2 else F.relu(z))
+
+
 class ImpureForThree(Cell):
     def forward(self, x):
         if x.shape[1] == 3 and x.sum() > 0:
@@ -327,6 +333,7 @@ class ImpureForThree(Cell):
         (Resized, "control flow on tensor values or shapes"),
         (NumberOfAxes, "control flow on tensor values or shapes"),
         (ReadOtherwiseAlone, "its pre-activation is read 2 times"),
+        (ReadOtherwiseFromThreeOn, "its pre-activation is read 2 times"),
         (ImpureForThree, "control flow on tensor values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

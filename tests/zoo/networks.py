@@ -317,11 +317,11 @@ def frozen_layer() -> nn.Module:
 
 
 class HookedStraddle(Straddle):
-    """As Straddle, with a user's hook on the child that holds the producer: it cannot be inlined."""
+    """As Straddle, with a backward hook on the child that holds the producer: it cannot be inlined."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body.register_forward_hook(_observe)
+        self.body.register_full_backward_hook(_observe)
 
 
 def _observe(module: nn.Module, args: Any, output: Any) -> None:
