@@ -159,7 +159,8 @@ def _with(call: Multiplication | None, product: Product | str) -> Multiplication
         return call
     if isinstance(product, str) or call.bias is None:
         return replace(call, product=product)
-    if shape_of(product, call.weight).axes_of(call.bias) is None:
+    is_vector = isinstance(product, Convolution)  # to which torch gives the units' axis itself
+    if not is_vector and shape_of(product, call.weight).axes_of(call.bias) is None:
         product = "its bias is not one number per unit"
     return replace(call, product=product)
 
