@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.computed_modules import frozen_rows
 from neuronsurgery.pytorch.links import Dropout, Norm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
-from neuronsurgery.pytorch.taps import offset_of, tap
+from neuronsurgery.pytorch.taps import offset_of, tap_producer
 
 __all__ = ["FORWARDS", "Role", "produce"]
 
@@ -39,7 +40,12 @@ def produce(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
         delattr(z, CARRIED)  # this scope adds the rows in itself
         return z, carried.rows
     bank = producer._modules.get("composite")
-    return z, None if bank is None else bank(received)
+    return z, None if bank is None else rows_of(producer, bank, received)
+
+
+def rows_of(producer: nn.Module, bank: Any, received: Tensor) -> Tensor:
+    """The frozen rows' pre-activations for the input that a producer received."""
+    return bank(received) if bank.recipe is None else frozen_rows(producer, bank, received)  # type: ignore[no-any-return]
 
 
 def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -86,7 +92,7 @@ def producing(original: Forward) -> Forward:
         bank: Any = self._modules.get("composite")
         num_links = offset_of(self) if bank is None else len(bank.path.links)
         if num_links:
-            setattr(z, CARRIED, Carried(self, None if bank is None else bank(input), 0, num_links))
+            setattr(z, CARRIED, Carried(self, None if bank is None else rows_of(self, bank, input), 0, num_links))
         return z
 
     return forward
@@ -111,7 +117,7 @@ def passing(original: Forward) -> Forward:
             return h
         if rows is not None:
             h = carried.bank.assemble(h, rows)
-        return tap(carried.producer.weight, h) if offset_of(carried.producer) else h
+        return tap_producer(carried.producer, h) if offset_of(carried.producer) else h
 
     return forward
 

@@ -16,7 +16,7 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.following import LinkUse
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, UnitFunction, is_coupling
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
-from neuronsurgery.pytorch.taps import tap
+from neuronsurgery.pytorch.taps import tap, tap_producer
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.uses import Use, find_uses
 
@@ -81,9 +81,9 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
         slots.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
     if rewrite.tapped:
         with graph.inserting_after(h):
-            parameter = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
-        with graph.inserting_after(parameter):
-            tapped = graph.call_function(tap, (parameter, h))
+            observed = graph.get_attr(use.producer)
+        with graph.inserting_after(observed):
+            tapped = graph.call_function(tap_producer if use.is_module else tap, (observed, h))
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
         h = tapped
     composites[use.end] = h

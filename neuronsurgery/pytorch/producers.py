@@ -12,13 +12,23 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from neuronsurgery.pytorch.computed_modules import computed_of, has_computed_weight
+from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.hooks import may_change_output
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.products import Contraction, Convolution, Linear, Product
 from neuronsurgery.pytorch.recognition import UnitShape, canonical_name
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
-__all__ = ["Multiplication", "is_producer", "multiplication_at", "product_of_module", "shape_of"]
+__all__ = [
+    "Multiplication",
+    "computed_weight_of",
+    "is_producer",
+    "multiplication_at",
+    "product_of_module",
+    "shape_of",
+    "why_not_computed",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +40,7 @@ class Multiplication:
     weight: nn.Parameter
     bias: nn.Parameter | None
     product: Product | str
+    computed: Computed | None = None  # how, where weight and bias are no parameters but computed from several
 
     @property
     def bias_axes(self) -> UnitAxes:
@@ -69,14 +80,38 @@ def _kind_of(module: nn.Module) -> Callable[[Any], Product | str] | None:
 def _of_module(node: fx.Node, module: nn.Module) -> Multiplication | None:
     if not is_producer(module):
         return None
-    weight = module._parameters.get("weight")
     received = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+    computed = computed_weight_of(module)
+    weight = module._parameters.get("weight") if computed is None else computed.weight
     if weight is None or not isinstance(received, fx.Node):
         return None
     product = product_of_module(module)
     if not isinstance(product, str) and len(node.args) + len(node.kwargs) > 1:
         product = f"{original_class(module).__name__} is called with an output size of its own"
-    return Multiplication(str(node.target), received, weight, module._parameters.get("bias"), product)
+    bias = module._parameters.get("bias") if computed is None else computed.bias
+    return Multiplication(str(node.target), received, weight, bias, product, computed)
+
+
+def computed_weight_of(module: nn.Module) -> Computed | None:
+    """How a producer module computes its weight; None where it is a parameter, and where `why_not_computed` says why."""
+    found = _computed(module)
+    return found if isinstance(found, Computed) else None
+
+
+def why_not_computed(module: nn.Module) -> str:
+    """Why the units of a producer module whose weight is computed cannot be operated on; "" for any other module."""
+    found = _computed(module)
+    return found if isinstance(found, str) else ""
+
+
+def _computed(module: nn.Module) -> Computed | str | None:
+    if not is_producer(module) or not has_computed_weight(module):
+        return None
+    product = product_of_module(module)
+    if isinstance(product, str):
+        return product
+    axes = product.axes
+    return computed_of(module, axes.axes[0] if len(axes.axes) == 1 and axes.groups == 1 else None)
 
 
 def product_of_module(module: nn.Module) -> Product | str:
@@ -84,9 +119,6 @@ def product_of_module(module: nn.Module) -> Product | str:
     label = original_class(module).__name__
     if "forward" in vars(module):
         return f"its forward was replaced on the instance ({label})"
-    for name in ("weight", "bias"):
-        if name not in module._parameters:
-            return f"its {name} is computed (a parametrization, weight norm, spectral norm or pruning)"
     if may_change_output(module):
         return "a forward hook on it may change its output"
     kind = _kind_of(module)

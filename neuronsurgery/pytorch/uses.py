@@ -64,6 +64,11 @@ class Use:
         return tuple(each for link in self.links for each in link.own)
 
     @property
+    def producing(self) -> tuple[fx.Node, ...]:
+        """The node of the product, and those that compute its weight."""
+        return (self.node, *(() if self.call.computed is None else self.call.computed.nodes))
+
+    @property
     def is_module(self) -> bool:
         """Whether the producer is called as a module; else it is a function on a parameter."""
         return self.node.op == "call_module"
