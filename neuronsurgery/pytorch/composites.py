@@ -86,8 +86,8 @@ class Composite(nn.Module):
 
     Buffers: `frozen_weight` (capacity, *row_shape), `frozen_bias` (capacity,) where the producer has one, and for the
     path's own tensors `frozen_path_<i>` (capacity, ...), copies of parameters, and `running_path_<i>`, statistics that
-    each row keeps. Where the producer computes its weight from several parameters, `frozen_weight` is the first of them,
-    and each other one has a `frozen_<name>` (capacity, *its_row_shape). Unused rows repeat the first and are never read.
+    each row keeps. Where a producer computes its weight from several parameters, `frozen_weight` is the first of them,
+    and each other has a `frozen_<name>` (capacity, *its_row_shape). Unused rows repeat the first and are never read.
     """
 
     frozen_weight: Tensor

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.prune import BasePruningMethod
@@ -78,8 +77,9 @@ def computed_of(module: nn.Module, axis: int | None) -> Computed | str:
     if recipes[0] != recipes[1]:
         return "its weight is computed, from other parameters in training than in evaluation"
     known, first, second = recipes[0]
-    bias = None if second is None else values[second]
-    return Computed(known, values[first], bias, tuple(values), tuple(owners), computing(module, tuple(paths)))
+    weight: Any = values[first]
+    bias: Any = None if second is None else values[second]
+    return Computed(known, weight, bias, tuple(values), tuple(owners), computing(module, tuple(paths)))
 
 
 def _unreadable(module: nn.Module) -> str:

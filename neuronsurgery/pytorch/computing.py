@@ -71,7 +71,7 @@ class Recipe:
         room = -(-num_rows // self.num_units) * self.num_units
         index = torch.arange(room, device=units.device).remainder(num_rows)
         with torch.no_grad():
-            parts = [compute(self._values(stored, live, units, part)) for part in index.split(self.num_units)]
+            parts = [compute(self._values(stored, live, units, part)) for part in torch.split(index, self.num_units)]
         weight = torch.cat([weight.movedim(self.axis, 0) for weight, _ in parts])[:num_rows]
         biases = [bias for _, bias in parts if bias is not None]
         return weight, torch.cat(biases)[:num_rows] if biases else None
@@ -98,8 +98,8 @@ class Computed:
     """The computed weight of one call of a producer: recipe, values, and how to compute it.
 
     `weight` and `bias` are the parameters whose slots and rows stand for them; `owners` the module and attribute of
-    each source, () for a value that a graph computes. `leaves` are the nodes of a graph that give the live values, and
-    `nodes` all of its nodes that nothing but the weight and the bias depend on.
+    each source, None for a value that a graph computes. In a graph, `leaves` are the nodes that give the live values,
+    `inner` all that these need, and `nodes` those from the parameters to the weight and the bias.
     """
 
     recipe: Recipe
@@ -110,6 +110,7 @@ class Computed:
     compute: Compute
     leaves: tuple[fx.Node, ...] = ()
     nodes: tuple[fx.Node, ...] = ()
+    inner: tuple[fx.Node, ...] = ()
 
     @property
     def live(self) -> list[Any]:
@@ -152,10 +153,12 @@ def recipe_of(
         axes = _axes(values, is_stored, compute, axis, shape)
         if axes is None:
             return "its weight is computed in a way that couples its units, or is random"
-        first = _standing_for(alike, values, is_stored, lambda given: compute(given)[0], paths)
+        if _is_of_one_sign(values, is_stored, compute):
+            return "its weight is computed to be of one sign, on which others may rely: a composite unit subtracts"
+        first = _standing_for(alike, values, lambda given: compute(given)[0])
         vectors = [] if bias is None else [i for i, v in enumerate(values) if is_stored[i] and v.shape == bias.shape]
         vectors = [i for i in vectors if i != first and _moves_bias(i, values, compute)]
-        second = _standing_for(vectors, values, is_stored, lambda given: compute(given)[1], paths) if vectors else None
+        second = _standing_for(vectors, values, lambda given: compute(given)[1]) if vectors else None
     for i, found in enumerate(axes):
         if is_stored[i] and found is None:
             return f"its weight is computed, and '{paths[i]}', which all units share, is trained"
@@ -176,18 +179,12 @@ def _names(paths: Sequence[str], is_stored: Sequence[bool], first: int, second: 
     return names
 
 
-def _standing_for(
-    found: Sequence[int],
-    values: Sequence[Any],
-    is_stored: Sequence[bool],
-    result_of: Callable[[list[Any]], Tensor | None],
-    paths: Sequence[str],
-) -> int:
-    """Of several parameters of the result's shape the one that is the result where the others are zero: a mean."""
+def _standing_for(found: Sequence[int], values: Sequence[Any], result_of: Callable[[list[Any]], Tensor | None]) -> int:
+    """Of several parameters of the result's shape the one that is added to it as it is: a mean."""
+    before = result_of(list(values))
     for i in found if len(found) > 1 else ():
-        given = [torch.zeros_like(v) if is_stored[j] and j != i else v for j, v in enumerate(values)]
-        result = result_of(given)
-        if result is not None and torch.equal(result, values[i]):
+        after = result_of([value + 1.0 if j == i else value for j, value in enumerate(values)])
+        if before is not None and after is not None and torch.allclose(after - before, torch.ones_like(after), 1e-2):
             return i
     return found[0]
 
@@ -212,6 +209,18 @@ def _axes(
 
 
 _MOST_WAYS = 32  # ways to read the sources' axes that are tried
+
+
+def _is_of_one_sign(values: Sequence[Any], is_stored: Sequence[bool], compute: Compute) -> bool:
+    """Whether no weight is ever below zero, or none above, as where a layer is to be monotone."""
+    generator = torch.Generator().manual_seed(1)
+    signs: set[float] = set()
+    for _ in range(16):
+        examples = [_example(value, stored, generator) for value, stored in zip(values, is_stored, strict=True)]
+        signs |= {float(bound) for bound in compute(examples)[0].sign().aminmax()}
+        if {-1.0, 1.0} <= signs:
+            return False
+    return True
 
 
 def _example(value: Any, is_stored: bool, generator: torch.Generator) -> Any:

@@ -13,6 +13,7 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import produce
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.following import LinkUse
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, UnitFunction, is_coupling
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
@@ -47,7 +48,7 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
         if use.producer in wanted:
             if use.path is None:
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
-            guards += _path_guards(use, scope)
+            guards += [*_path_guards(use, scope), *_shape_guards(use, scope)]
             _insert(graph, use, wanted[use.producer], composites)
     return tuple(guards)
 
@@ -63,6 +64,17 @@ def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
                     yield replace(guard, module=f"{path}.{guard.module}" if guard.module else path)
             if isinstance(link_use.link, Norm):
                 yield Guard(path, (("attribute", "eps"),), link_use.link.eps)
+
+
+def _shape_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
+    """What a weight is computed from has the shape it had: which of its axes numbers the units depends on it."""
+    computed = use.call.computed
+    for node in () if computed is None or use.is_module else (*computed.nodes, *computed.inner):
+        for each in node.all_input_nodes:
+            if each.op == "get_attr":
+                owner, _, name = str(each.target).rpartition(".")
+                found = getattr(submodule(scope, owner), name)
+                yield Guard(owner, (("attribute", name), ("attribute", "shape")), found.shape)
 
 
 def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Node, fx.Node]) -> None:
@@ -170,8 +182,23 @@ def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None, composites: d
     """The frozen rows' pre-activations beside a functional call, before anything may change its input in place."""
     if bank is None:
         return use.node
+    computed = use.call.computed
+    received = composites.get(use.call.received, use.call.received)
     with graph.inserting_before(use.node):
-        return graph.call_module(bank, (composites.get(use.call.received, use.call.received),))
+        if computed is None:
+            return graph.call_module(bank, (received,))
+        found = graph.get_attr(bank)
+        return graph.call_function(_computing(computed), (found, received, list(computed.leaves)))
+
+
+def _computing(computed: Computed) -> Callable[[Composite, Tensor, Sequence[Any]], Tensor]:
+    """The frozen rows' pre-activations with weights that this graph computes."""
+    recipe, compute = computed.recipe, computed.compute
+
+    def rows_of(bank: Composite, x: Tensor, live: Sequence[Any]) -> Tensor:
+        return bank.computed(x, recipe, compute, live)
+
+    return rows_of
 
 
 def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:

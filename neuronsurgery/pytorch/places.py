@@ -143,12 +143,12 @@ def place_of(
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
     )
     computed = tuple(use.call.computed for _, _, use in entries if use.call.computed is not None)
-    extras = {source.name: each for c in computed for each in c.extras for source in each[:1]}
+    extras = {each[0].name: each for found in computed for each in found.extras}
     slots = (
         Slots(weight, *owners[0], use.product.axes, is_weight=True),
         _bias_slots(use, owners[0][0]),
         *(Slots(own.tensor, *_owner(reading.scope, own.path), own.axes, own.fresh) for own in use.own),
-        *(Slots(tensor, *owner, _axes(source)) for source, tensor, *owner in extras.values()),
+        *(Slots(tensor, module, attribute, _axes(s)) for s, tensor, module, attribute in extras.values()),
     )
     slots = (slots[0], *(each and replace(each, is_own=is_own(each.tensor, each.owner)) for each in slots[1:]))
     unique = {(id(h.scope), h.method, h.producer): h for h in homes}

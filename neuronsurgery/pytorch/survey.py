@@ -267,6 +267,12 @@ class Survey:
                 return f"its weight is also the {attribute} of '{self.names[id(owner)]}'"
             if not produces and is_torch(owner) and not isinstance(owner, CONTAINERS):
                 return f"its weight is also read by '{self.names[id(owner)]}', a {original_class(owner).__name__}"
+        for reading, _, use in self.by_weight[id(weight)]:
+            nodes = () if use.call.computed is None else use.call.computed.nodes
+            if weighty := _beyond_metadata([user for node in nodes for user in node.users if id(user) not in own]):
+                return (
+                    f"the weight computed of it is also read by '{weighty}' in {original_class(reading.scope).__name__}"
+                )
         for reading, node in self.tensor_reads.get(id(weight), ()):
             users = [user for user in node.users if id(user) not in own or _times_read(user, node) > 1]
             if weighty := _beyond_metadata(users):

@@ -66,7 +66,8 @@ class Use:
     @property
     def producing(self) -> tuple[fx.Node, ...]:
         """The node of the product, and those that compute its weight."""
-        return (self.node, *(() if self.call.computed is None else self.call.computed.nodes))
+        computed = self.call.computed
+        return (self.node,) if computed is None else (self.node, *computed.nodes, *computed.inner)
 
     @property
     def is_module(self) -> bool:
