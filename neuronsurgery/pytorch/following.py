@@ -30,7 +30,7 @@ from neuronsurgery.pytorch.recognition import (
 )
 from neuronsurgery.pytorch.unitwise import Kind
 
-__all__ = ["Followed", "LinkUse", "follow"]
+__all__ = ["Followed", "LinkUse", "follow", "is_in_place"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +169,7 @@ def _unsound(value: fx.Node, members: Sequence[fx.Node], readers: Sequence[fx.No
     last = members[-1]
     if any(user not in inside for node in (value, *members[:-1]) for user in node.users if not is_metadata(user)):
         return _read_often(readers)
-    if len(members) > 1 and any(_is_in_place(node) for node in members):
+    if len(members) > 1 and any(is_in_place(node) for node in members):
         return _read_often(readers)
     is_sum = canonical_name(last) in ("add", "sub", "subtract")
     if len(members) > 1 and is_sum and sum(argument in inside for argument in last.args) > 1:
@@ -184,7 +184,8 @@ def _read_often(readers: Sequence[fx.Node]) -> str:
     return f"its pre-activation is read {len(readers)} times, not only by one activation function"
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node's function writes into what it gets."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     is_augmented = name in ("iadd", "isub", "imul", "itruediv")
     return is_augmented or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))

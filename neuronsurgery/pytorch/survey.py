@@ -19,7 +19,7 @@ from neuronsurgery.pytorch.hooks import forbids_inlining
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
-from neuronsurgery.pytorch.producers import is_producer
+from neuronsurgery.pytorch.producers import computed_weight_of, is_producer, why_not_computed
 from neuronsurgery.pytorch.reading import (
     CONTAINERS,
     Reading,
@@ -62,6 +62,7 @@ class Survey:
         for entry in self.uses:
             self.by_weight[id(entry[2].weight)].append(entry)
         self.owners = owners_of(model)
+        self.computed = self.find_computed()
         self.inlined = {id(submodule(r.scope, path)) for r in self.readings.values() for path in r.inline}
         self.tensor_reads = self.find_tensor_reads()
         self.reached = self.find_reached()
@@ -145,6 +146,18 @@ class Survey:
                 return label
         return None
 
+    def find_computed(self) -> dict[int, nn.Parameter]:
+        """By the id of each producer module with a computed weight the first parameter of it, which the module owns."""
+        found: dict[int, nn.Parameter] = {}
+        for _, module in modules_of(self.model):
+            computed = computed_weight_of(module)
+            if computed is not None:
+                found[id(module)] = computed.weight
+        for key in {id(weight) for weight in found.values()}:
+            modules = (module for _, module in modules_of(self.model) if id(found.get(id(module))) == key)
+            self.owners[key] = [(module, "weight") for module in modules]
+        return found
+
     def find_tensor_reads(self) -> dict[int, list[tuple[Reading, fx.Node]]]:
         """Where traced functions read a tensor directly, by its id."""
         reads: dict[int, list[tuple[Reading, fx.Node]]] = defaultdict(list)
@@ -215,7 +228,7 @@ class Survey:
         """Every weight that could be a site's, by the name of its producer: the module's, or the parameter's."""
         seen: set[int] = set()
         for name, module in modules_of(self.model):
-            weight = module._parameters.get("weight")
+            weight = module._parameters.get("weight", self.computed.get(id(module)))
             if is_producer(module) and weight is not None and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, weight
@@ -282,13 +295,19 @@ class Survey:
 
     def other_role(self, weight: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> str:
         """A weight that is read otherwise too, as a tied decoder does, is no row-wise thing."""
-        own = {id(use.node) for _, _, use in self.by_weight[id(weight)]}
+        own = {id(node) for _, _, use in self.by_weight[id(weight)] for node in use.producing}
         for owner, attribute in owners:
             produces = is_producer(owner)
             if attribute != "weight" and produces:
                 return f"its weight is also the {attribute} of '{self.names[id(owner)]}'"
             if not produces and is_torch(owner) and not isinstance(owner, CONTAINERS):
                 return f"its weight is also read by '{self.names[id(owner)]}', a {original_class(owner).__name__}"
+        for reading, _, use in self.by_weight[id(weight)]:
+            nodes = () if use.call.computed is None else use.call.computed.nodes
+            if weighty := _beyond_metadata([user for node in nodes for user in node.users if id(user) not in own]):
+                return (
+                    f"the weight computed of it is also read by '{weighty}' in {original_class(reading.scope).__name__}"
+                )
         for reading, node in self.tensor_reads.get(id(weight), ()):
             users = [user for user in node.users if id(user) not in own or _times_read(user, node) > 1]
             if weighty := _beyond_metadata(users):
@@ -298,7 +317,7 @@ class Survey:
     def is_own(self, weight: nn.Parameter, tensor: Tensor, owner: nn.Module) -> bool:
         """Whether nothing but the site of a weight reads a tensor: its bias, or one that its path passes."""
         uses = [use for _, _, use in self.by_weight[id(weight)]]
-        nodes = {id(node) for use in uses for node in (use.node, *(n for link in use.links for n in link.nodes))}
+        nodes = {id(node) for use in uses for node in (*use.producing, *(n for link in use.links for n in link.nodes))}
         producers = {id(module) for module, _ in self.owners[id(weight)]}
         holders = {id(module) for module, _ in self.owners[id(tensor)]} - producers
         if not holders <= {id(owner)}:
@@ -390,11 +409,18 @@ def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
         assert use.path is not None and first.path is not None
         if use.product != first.product or use.path.links != first.path.links:
             return f"it passes another activation function in {place}"
+        if _sources(use) and _sources(first) and not _sources(use).items() >= _sources(first).items():
+            return f"its weight is computed from other parameters in {place}"
         if any(a.tensor is not b.tensor for a, b in zip(use.own, first.own, strict=True)):
             return f"it passes an activation function with other parameters in {place}"
         if reading.is_sequential and first_reading.is_sequential and use.path != first.path:
             return f"it passes another activation function in {place}"
     return ""
+
+
+def _sources(use: Use) -> dict[str, int]:
+    """The parameters that a computed weight comes from beside the first, by the names of their buffers."""
+    return {} if use.call.computed is None else {source.name: id(t) for source, t, *_ in use.call.computed.extras}
 
 
 def _times_read(user: fx.Node, node: fx.Node) -> int:
@@ -452,8 +478,8 @@ def _never_a_site(module: nn.Module) -> str:
         return "scripted"
     if "quantized" in original_class(module).__module__:
         return f"quantized ({label})"
-    if is_producer(module) and "weight" not in module._parameters:
-        return "its weight is computed (a parametrization, weight norm, spectral norm or pruning)"
+    if reason := why_not_computed(module):
+        return reason
     if isinstance(module, MIXING_MODULES) and not is_producer(module):
         return f"a producer of type {label} is not supported yet"
     return ""
