@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.computed_modules import frozen_rows
-from neuronsurgery.pytorch.links import Dropout, Norm, UnitFunction
+from neuronsurgery.pytorch.links import Dropout, Norm, SyncBatchNorm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.taps import observed_weight, offset_of, tap
 
@@ -137,6 +137,8 @@ def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Te
     if original_class(module).__qualname__ != bank.path.classes[index]:
         raise _replaced(carried, module)
     link = bank.path.links[index]
+    if isinstance(link, SyncBatchNorm):
+        return bank.together(index, link, module, slots, rows)
     if isinstance(link, (Norm, Dropout)):
         received = bank.entered(index, link, slots, rows)
         own = [_attribute(module, name) for name in link.tensors]

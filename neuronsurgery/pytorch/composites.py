@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
-from neuronsurgery.pytorch.links import Coupling, Link, Move, is_statistic
+from neuronsurgery.pytorch.links import Coupling, Link, Move, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.unitwise import Kind
 
@@ -156,6 +156,12 @@ class Composite(nn.Module):
     def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor) -> Tensor:
         """What the operation of a coupling link receives in the slots' place."""
         return link.enter(self, slots, rows, self.axis(index, rows))
+
+    def together(
+        self, index: int, link: SyncBatchNorm, module: nn.Module, slots: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Slots and rows past a module that all processes share."""
+        return link.together(slots, rows, self.values(index, link), self.axis(index, rows), module)
 
     def left(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from neuronsurgery.pytorch.hooks import forbids_inlining, has_hooks, may_change_output
-from neuronsurgery.pytorch.links import Dropout, Link, Norm
+from neuronsurgery.pytorch.links import Link, is_coupling
 from neuronsurgery.pytorch.mirroring import submodule
 from neuronsurgery.pytorch.recognition import (
     SCALING,
@@ -118,7 +118,7 @@ def _module_link(node: fx.Node, value: fx.Node, scope: nn.Module, shape: UnitSha
     if isinstance(found, str):
         return f"no activation function: it feeds '{path}' ({found})"
     link, own = found
-    if isinstance(link, (Norm, Dropout)) and has_hooks(module):
+    if is_coupling(link) and has_hooks(module):
         return f"a hook on '{path}' would see what stands in for the units there"
     return LinkUse(
         link, value, node, tuple(replace(each, path=f"{path}.{each.path}") for each in own), (), (path,), (node,)

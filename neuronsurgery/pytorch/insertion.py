@@ -15,7 +15,16 @@ from neuronsurgery.pytorch.carrying import carry, produce
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.following import LinkUse
-from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, Reshape, UnitFunction, is_coupling
+from neuronsurgery.pytorch.links import (
+    BatchNorm,
+    Coupling,
+    Link,
+    Norm,
+    Reshape,
+    SyncBatchNorm,
+    UnitFunction,
+    is_coupling,
+)
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.taps import tap, tap_producer
 from neuronsurgery.pytorch.tracing import trace
@@ -163,6 +172,10 @@ def _insert_coupling(
     link: Any = use.link
     slots = use.node.args[0]
     assert isinstance(slots, fx.Node)
+    if isinstance(link, SyncBatchNorm):
+        with graph.inserting_before(use.node):
+            module = graph.get_attr(use.module)
+            return _pair_in_place_of(graph, use.node, _together(index, link), (bank, module, slots, rows))
     with graph.inserting_before(use.node):
         received = graph.call_function(_entering(index, link), (bank, slots, rows))
         own = [graph.get_attr(each.path) for each in use.own]
@@ -174,6 +187,24 @@ def _insert_coupling(
     use.node.replace_all_uses_with(passed, delete_user_cb=lambda user: user is not pair)
     with graph.inserting_after(passed):
         return passed, graph.call_function(operator.getitem, (pair, 1))
+
+
+def _pair_in_place_of(
+    graph: fx.Graph, node: fx.Node, function: Callable[..., Any], args: tuple[fx.Node, ...]
+) -> tuple[fx.Node, fx.Node]:
+    """Slots and rows from one call that stands where a node was."""
+    pair = graph.call_function(function, args)
+    passed, rows = (graph.call_function(operator.getitem, (pair, place)) for place in (0, 1))
+    node.replace_all_uses_with(passed)
+    graph.erase_node(node)
+    return passed, rows
+
+
+def _together(index: int, link: SyncBatchNorm) -> Callable[..., tuple[Tensor, Tensor]]:
+    def together(bank: Composite, module: nn.Module, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return bank.together(index, link, module, slots, rows)
+
+    return together
 
 
 def _entering(index: int, link: Coupling) -> Callable[[Composite, Tensor, Tensor], Tensor]:

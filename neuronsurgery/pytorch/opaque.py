@@ -40,6 +40,7 @@ def einops_recorded(record: Record) -> Iterator[None]:
     finally:
         for name, function in exchanged.items():
             function.__code__ = codes[name]
+        _RUNNING.clear()  # it refers to the model
 
 
 def is_imported() -> bool:

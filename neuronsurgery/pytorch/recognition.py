@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.hooks import is_hook_call
-from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, Reshape, UnitFunction
+from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, Reshape, SyncBatchNorm, UnitFunction
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.unit_axes import UnitAxes
@@ -139,6 +139,7 @@ def link_of_module(module: nn.Module, shape: UnitShape) -> tuple[Link, tuple[Own
 _DROPOUTS = {kind.forward for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 _BATCH_NORMS = {
     nn.BatchNorm1d.forward: False,
+    nn.SyncBatchNorm.forward: False,
     nn.InstanceNorm1d.forward: True,
 }
 _NORMS: dict[Any, tuple[str, str]] = {
@@ -158,7 +159,8 @@ def _batch_norm(module: Any, shape: UnitShape) -> tuple[Link, tuple[OwnTensor, .
     tensors = {**module._parameters, **module._buffers}
     labels = [n for n in ("weight", "bias", "running_mean", "running_var") if tensors.get(n) is not None]
     own = tuple(OwnTensor(name, name, tensors[name], UnitAxes()) for name in labels)
-    return BatchNorm(label, tuple(labels), module.eps, is_instance), own
+    is_synced = original_class(module).forward is nn.SyncBatchNorm.forward
+    return (SyncBatchNorm if is_synced else BatchNorm)(label, tuple(labels), module.eps, is_instance), own
 
 
 def _norm(
