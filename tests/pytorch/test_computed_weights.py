@@ -314,9 +314,9 @@ def test_the_compensation_row_computes_to_the_active_row_bit_for_bit(name: str) 
 
 
 def test_weights_of_frozen_rows_are_those_of_the_rows_they_were() -> None:
-    layer = weight_norm(5, 6)
+    layer: Any = weight_norm(5, 6)
     model = nn.Sequential(layer, nn.ReLU(), nn.Linear(6, 2))
-    old = layer.weight[[1, 4]].detach().clone()
+    old: Tensor = layer.weight[[1, 4]].detach().clone()
     surgery.knife(model, Units({"0": [1, 4]}))
     bank = bank_of(model)
     direction, length = bank.live("frozen_weight"), bank.live("frozen_weight_original0")
@@ -326,11 +326,12 @@ def test_weights_of_frozen_rows_are_those_of_the_rows_they_were() -> None:
 
 
 def test_fresh_weight_norm_starts_as_the_plain_layer_would() -> None:
-    model = nn.Sequential(weight_norm(5, 64), nn.ReLU(), nn.Linear(64, 2))
+    layer: Any = weight_norm(5, 64)
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(64, 2))
     surgery.knife(model, Units({"0": range(64)}))
-    stored = model[0].parametrizations.weight
+    stored = layer.parametrizations.weight
     torch.testing.assert_close(stored.original0[:, 0], stored.original1.norm(dim=1))
-    assert 0.3 < float(model[0].weight.abs().max()) <= 1 / math.sqrt(5)
+    assert 0.3 < float(layer.weight.abs().max()) <= 1 / math.sqrt(5)
 
 
 # -- noise -----------------------------------------------------------------------------------------------------------
@@ -449,13 +450,13 @@ def test_a_copy_and_a_loaded_state_give_the_same_output(name: str) -> None:
 
 def test_removing_the_weight_norm_of_an_operated_layer_is_refused_or_an_error() -> None:
     in_forward, _, x = operated("weight norm in a forward")
-    parametrize.remove_parametrizations(in_forward.layer, "weight")
+    parametrize.remove_parametrizations(in_forward.get_submodule("layer"), "weight")
     with pytest.raises(SurgeryError, match="undo the operation before you remove it"):
         in_forward(x)
     in_sequential, _, x = operated("weight norm in Sequential")
     expected = outputs(in_sequential, x)
     with pytest.raises(AttributeError):
-        parametrize.remove_parametrizations(in_sequential[0], "weight")
+        parametrize.remove_parametrizations(in_sequential.get_submodule("0"), "weight")
     assert_same(outputs(in_sequential, x), expected)
 
 
@@ -493,6 +494,8 @@ class Gained(Equalized):
 
 
 class Regularized(nn.Module):
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.out = nn.Linear(5, 6), nn.Linear(6, 2)
@@ -537,7 +540,7 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(5, 6)), "layer", "spectral norm"),
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(5, 6)), "layer", "orthogonal"),
     "weight norm over inputs": (lambda: parametrizations.weight_norm(nn.Linear(5, 6), dim=1), "layer", "couples"),
-    "weight norm of all": (lambda: parametrizations.weight_norm(nn.Linear(5, 6), dim=None), "layer", "couples"),
+    "weight norm of all": (lambda: parametrizations.weight_norm(nn.Linear(5, 6), dim=-1), "layer", "couples"),
     "transposed, over inputs": (
         lambda: parametrizations.weight_norm(nn.ConvTranspose2d(5, 6, 3), dim=0), "layer", "couples",
     ),
