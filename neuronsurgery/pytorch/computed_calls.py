@@ -33,8 +33,6 @@ class Parts:
     `nodes` are all from there to the product, in order; `inner` those that only the leaves need.
     """
 
-    weight: fx.Node
-    bias: fx.Node | None
     sources: tuple[fx.Node, ...]
     values: tuple[Any, ...]
     is_trained: tuple[bool, ...]
@@ -78,9 +76,7 @@ def parts_of(weight: Any, bias: Any, scope: nn.Module) -> Parts | None:
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
     is_trained = [True] * len(by_tensor) + [False] * len(leaves)
-    return Parts(
-        weight, bias, tuple(sources), tuple(values), tuple(is_trained), tuple(nodes), tuple(inner), compute, shape
-    )
+    return Parts(tuple(sources), tuple(values), tuple(is_trained), tuple(nodes), tuple(inner), compute, shape)
 
 
 def computed_by(parts: Parts, axis: int | None, scope: nn.Module) -> Computed | str:

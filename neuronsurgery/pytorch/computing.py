@@ -118,13 +118,17 @@ class Computed:
         pairs = zip(self.recipe.sources, self.values, strict=True)
         return [value for source, value in pairs if not source.name]
 
+    def owner_of(self, tensor: Tensor) -> tuple[nn.Module, str]:
+        """The module that owns one of the sources, and its name there."""
+        pairs = zip(self.values, self.owners, strict=True)
+        return next(owner for value, owner in pairs if value is tensor and owner is not None)
+
     @property
     def extras(self) -> Iterator[tuple[Source, nn.Parameter, nn.Module, str]]:
         """The stored sources beside the first and the bias, each with its tensor, owner and attribute."""
-        for source, value, owner in zip(self.recipe.sources, self.values, self.owners, strict=True):
+        for source, value in zip(self.recipe.sources, self.values, strict=True):
             if source.name in self.recipe.names:
-                assert owner is not None
-                yield source, value, *owner
+                yield source, value, *self.owner_of(value)
 
 
 # -- are the units apart? --------------------------------------------------------------------------------------------

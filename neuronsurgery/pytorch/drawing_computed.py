@@ -126,10 +126,9 @@ def _taken_apart(owner: nn.Module, name: str, fresh: Tensor) -> Iterator[tuple[T
         own: Any = owner._modules["parametrizations"]
         stored = own[name]._parameters
         scratch = stand_in(own[name], {key: _unfilled(value) for key, value in stored.items()})
-        try:
-            scratch.right_inverse(fresh.clone())
-        except NotImplementedError:
+        if any(getattr(step, "right_inverse", None) is None for step in own[name]):
             return
+        scratch.right_inverse(fresh.clone())
         yield from ((value, scratch._parameters[key].detach()) for key, value in stored.items())
     elif name in owner._parameters:
         yield owner._parameters[name], fresh  # type: ignore[misc]

@@ -183,6 +183,8 @@ def _bias_slots(use: Use, owner: nn.Module) -> Slots | None:
     bias = use.call.bias
     if bias is None:
         return None
+    if use.call.computed is not None:
+        return Slots(bias, *use.call.computed.owner_of(bias), use.call.bias_axes)
     attribute = next((name for name, parameter in owner._parameters.items() if parameter is bias), "")
     return Slots(bias, owner, attribute, use.call.bias_axes)
 

@@ -370,9 +370,15 @@ class Survey:
                 )
         return ""
 
+    def is_functional(self, name: str) -> bool:
+        """Whether a producer's name is a parameter's, which a function multiplies with."""
+        owner, _, attribute = name.rpartition(".")
+        return attribute in submodule(self.model, owner)._parameters
+
     def others(self, known: set[str]) -> dict[str, str]:
         """Producers of kinds that are never sites."""
         declined: dict[str, str] = {}
+        known = known | {name.rpartition(".")[0] for name in known if self.is_functional(name)}
         for name, module in self.model.named_modules():
             if name in known or any(ancestor in declined for ancestor in _ancestors(name)):
                 continue

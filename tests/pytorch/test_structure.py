@@ -519,6 +519,8 @@ def test_a_forward_on_the_activation_instance_declines():
 def test_deepcopy_pickle_and_save_keep_class_output_and_independence(animal: Animal):
     if "<locals>" in animal.build().__class__.__qualname__ or animal.name == "instance forward":
         pytest.skip("holds a lambda, which pickle refuses with or without surgery")
+    if animal.name == "computed weights":
+        pytest.skip("holds parametrized modules, which torch lets no one pickle, with or without surgery")
     torch.manual_seed(0)
     model, batch = animal.build().eval(), animal.batch()
     operate_everywhere(model)
