@@ -85,7 +85,7 @@ def product_of_module(module: nn.Module) -> Product | str:
     if "forward" in vars(module):
         return f"its forward was replaced on the instance ({label})"
     for name in ("weight", "bias"):
-        if name not in module._parameters:
+        if name not in module._parameters and getattr(module, name, None) is not None:
             return f"its {name} is computed (a parametrization, weight norm, spectral norm or pruning)"
     if may_change_output(module):
         return "a forward hook on it may change its output"
