@@ -306,7 +306,7 @@ class Norm:
         if self.name == "layer_norm":
             mean = z.mean(self._axes, keepdim=True)
             return mean, torch.rsqrt((z - mean).square().mean(self._axes, keepdim=True) + self.eps)
-        grouped = z.reshape(len(z), self.shape[0], -1)
+        grouped = z.reshape(len(z), self.shape[0], z.shape[1:].numel() // self.shape[0])  # an empty batch leaves no -1
         mean = grouped.mean(-1, keepdim=True)
         scale = torch.rsqrt((grouped - mean).square().mean(-1, keepdim=True) + self.eps)
         shape = (len(z), z.shape[1], *[1] * (z.dim() - 2))

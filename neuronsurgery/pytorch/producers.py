@@ -76,7 +76,8 @@ def _of_module(node: fx.Node, module: nn.Module) -> Multiplication | None:
     product = product_of_module(module)
     if not isinstance(product, str) and len(node.args) + len(node.kwargs) > 1:
         product = f"{original_class(module).__name__} is called with an output size of its own"
-    return Multiplication(str(node.target), received, weight, module._parameters.get("bias"), product)
+    bias = module._parameters.get("bias")
+    return Multiplication(str(node.target), received, weight, bias, _with_bias(product, weight, bias))
 
 
 def product_of_module(module: nn.Module) -> Product | str:
@@ -157,12 +158,14 @@ def _with(call: Multiplication | None, product: Product | str) -> Multiplication
     """The call with its kind of product, unless something is amiss already."""
     if call is None or call.product:
         return call
-    if isinstance(product, str) or call.bias is None:
-        return replace(call, product=product)
-    is_vector = isinstance(product, Convolution)  # to which torch gives the units' axis itself
-    if not is_vector and shape_of(product, call.weight).axes_of(call.bias) is None:
-        product = "its bias is not one number per unit"
-    return replace(call, product=product)
+    return replace(call, product=_with_bias(product, call.weight, call.bias))
+
+
+def _with_bias(product: Product | str, weight: Tensor, bias: Tensor | None) -> Product | str:
+    """The product, unless its bias has other than one number for each unit."""
+    if isinstance(product, (str, Convolution)) or bias is None:  # torch gives a convolution's bias its axis itself
+        return product
+    return product if shape_of(product, weight).axes_of(bias) else "its bias is not one number per unit"
 
 
 def _linear_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:

@@ -87,12 +87,15 @@ def check_operation(network: Network, units: Choice, optimizer: torch.optim.Opti
     """Operate, and check the output, the input's gradient, the slots, the banks, and what the report says of them."""
     model, tolerance = network.model, TOLERANCES[network.dtype]
     before, slots, rows = outcome(model, network.inputs), state_of(model), members_by_site(model)
+    untouched = copy.deepcopy(model) if model.training else None
     report = surgery.knife(model, surgery.Units(units), optimizer=optimizer, max_growth=ROOM)
     after = outcome(model, network.inputs)
     assert_equivalent(network, before, after)
     assert report.max_error <= tolerance
     assert {name: set(chosen) for name, chosen in report.operated.items()} == {n: set(u) for n, u in units.items()}
     assert_operated(network, units, slots, rows)
+    if untouched is not None:
+        assert_same_statistics(network, untouched, units)
     return report
 
 
@@ -137,6 +140,34 @@ def assert_operated(
         for row, member in enumerate(added, start=first):
             source = old if member.role == "knowledge" else new
             assert torch.equal(bank[row], source[member.unit]), (name, member)
+
+
+def assert_same_statistics(network: Network, untouched: nn.Module, units: Choice) -> None:
+    """A batch in training leaves the running statistics that it would have left: a renewed unit's in its knowledge."""
+    model = copy.deepcopy(network.model)
+    for each in (untouched, model):
+        torch.manual_seed(0)
+        each(*network.inputs)
+    expected, found = state_of(untouched), state_of(model)
+    members, tolerance = members_by_site(model), STATISTIC_FACTOR * TOLERANCES[network.dtype]
+    passed = dict.fromkeys(network.norms.values(), 0)
+    for name, value in expected.items():
+        norm, _, label = name.rpartition(".")
+        if not label.startswith("running") or "composite" in norm:
+            continue
+        old, new = value.double(), found[name].double()
+        if norm in network.norms and (site := network.norms[norm]) in members:
+            labels = [k for k in found if k.startswith(f"{bank_of(site, found)}.running")]
+            bank = found[labels[passed[site]]].double()
+            passed[site] += 1
+            for row, member in enumerate(members[site]):  # the latest of a unit's knowledge rows is what it was
+                if member.role == "knowledge" and member.unit in units.get(site, ()):
+                    new[member.unit] = bank[row]
+        scale = max(1.0, float(old.abs().max()))
+        assert (old - new).abs().max() <= tolerance * scale, name
+
+
+STATISTIC_FACTOR = 8  # in training a statistic is summed over all samples
 
 
 def bank_of(name: str, state: Mapping[str, Tensor]) -> str:
