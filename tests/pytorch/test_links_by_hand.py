@@ -219,7 +219,15 @@ def test_a_unit_of_x_at_w_is_a_column():
     operate(model, "0.weight", 1, 5.0)
     assert model.get_parameter("0.weight").tolist() == [[1, 5], [3, 5]]
     assert model[:1](x).tolist() == [[31, 42]]
-    move(model, "0.weight", (1, 1,), 6.0)
+    move(
+        model,
+        "0.weight",
+        (
+            1,
+            1,
+        ),
+        6.0,
+    )
     assert model[:1](x).tolist() == [[31, 52]]
 
 
@@ -233,5 +241,14 @@ def test_a_unit_of_stacked_experts_reads_its_experts_input():
     operate(model, "0.weight", 2, 5.0)
     assert model.get_parameter("0.weight").tolist() == [[[1, 2]], [[5, 4]]]
     assert model[:1](x).flatten().tolist() == [1, 2, 30, 40]
-    move(model, "0.weight", (1, 0, 0,), 6.0)
+    move(
+        model,
+        "0.weight",
+        (
+            1,
+            0,
+            0,
+        ),
+        6.0,
+    )
     assert model[:1](x).flatten().tolist() == [1, 2, 40, 40]
