@@ -21,6 +21,11 @@ def operate(model: nn.Module, site: str, unit: int, draw: float) -> None:
     surgery.knife(model, surgery.Units({site: [unit]}), init=lambda weight: weight.fill_(draw))
 
 
+def move(model: nn.Module, name: str, index: tuple[int, ...], number: float) -> None:
+    """Set a slot, as training would."""
+    model.get_parameter(name).data[index] = number
+
+
 def with_weights(layer: Any, numbers: Any) -> Any:
     layer.weight.data.copy_(torch.tensor(numbers).reshape(layer.weight.shape))
     return layer
@@ -55,7 +60,7 @@ def test_batch_norm_in_training_normalizes_each_row_by_its_own_batch():
     mean, var = (v for name, v in model.state_dict().items() if "running_path" in name)
     assert mean[:2].tolist() == [0.5, -0.5]
     assert var[:2].tolist() == [1.5, 1.5]
-    model[0].weight.data[0] = -3.0
+    move(model, "0.weight", (0,), -3.0)
     found = model[:3](torch.tensor([[0.0], [2.0]]))
     assert torch.allclose(found, torch.tensor([[0.75**0.5 - 0.5, 0], [0.5, 0.5]]))
 
@@ -69,7 +74,7 @@ def test_batch_norm_in_evaluation_normalizes_each_row_by_the_running_statistics_
     model = sited(two_units(5.0, 9.0), norm, nn.ReLU()).eval()
     operate(model, "0", 0, 3.0)
     assert model[:3](ONE).tolist() == [[2, 4]]
-    model[0].weight.data[0] = 7.0  # a = (7 - 1) / 2 = 3, h_0 = 2 + (3 - 1)
+    move(model, "0.weight", (0,), 7.0)  # a = (7 - 1) / 2 = 3, h_0 = 2 + (3 - 1)
     assert model[:3](ONE).tolist() == [[4, 4]]
 
 
@@ -82,7 +87,7 @@ def test_layer_norm_takes_its_statistics_from_the_reference():
     model = sited(two_units(3.0, 1.0), nn.LayerNorm(2, eps=0.0, elementwise_affine=False), nn.LeakyReLU(0.5))
     operate(model, "0", 0, 5.0)
     assert model[:3](ONE).tolist() == [[1, -0.5]]
-    model[0].weight.data[0] = 0.0
+    move(model, "0.weight", (0,), 0.0)
     assert model[:3](ONE).tolist() == [[-3, -0.5]]
 
 
@@ -104,7 +109,7 @@ def test_rms_norm_takes_its_scale_from_the_reference():
     model = sited(two_units(1.0, 7.0), nn.RMSNorm(2, eps=0.0, elementwise_affine=False), nn.ReLU()).double()
     operate(model, "0", 0, 5.0)
     assert close(model[:3](ONE.double()), [[0.2, 1.4]])
-    model[0].weight.data[0] = 10.0
+    move(model, "0.weight", (0,), 10.0)
     assert close(model[:3](ONE.double()), [[1.2, 1.4]])
 
 
@@ -155,7 +160,7 @@ def test_one_dropout_mask_falls_on_all_members_of_a_unit():
     """z = (1, 2), kept ones are doubled. Draw 3, active moved to 4: kept 2 * (1 + 4 - 3) = 4, dropped 0."""
     model = sited(two_units(1.0, 2.0), nn.Dropout(0.5), nn.ReLU())
     operate(model, "0", 0, 3.0)
-    model[0].weight.data[0] = 4.0
+    move(model, "0.weight", (0,), 4.0)
     seen = {tuple(model[:3](ONE)[0].tolist()) for _ in range(100)}
     assert seen == {(0, 0), (4, 0), (0, 4), (4, 4)}
     assert model.eval()[:3](ONE).tolist() == [[2, 2]]
@@ -212,9 +217,17 @@ def test_a_unit_of_x_at_w_is_a_column():
     model = nn.Sequential(Hidden([[1.0, 2.0], [3.0, 4.0]], torch.matmul), nn.Linear(2, 1))
     x = torch.tensor([[1.0, 10.0]])
     operate(model, "0.weight", 1, 5.0)
-    assert model[0].weight.tolist() == [[1, 5], [3, 5]]
+    assert model.get_parameter("0.weight").tolist() == [[1, 5], [3, 5]]
     assert model[:1](x).tolist() == [[31, 42]]
-    model[0].weight.data[1, 1] = 6.0
+    move(
+        model,
+        "0.weight",
+        (
+            1,
+            1,
+        ),
+        6.0,
+    )
     assert model[:1](x).tolist() == [[31, 52]]
 
 
@@ -226,7 +239,16 @@ def test_a_unit_of_stacked_experts_reads_its_experts_input():
     model = nn.Sequential(Hidden([[[1.0, 2.0]], [[3.0, 4.0]]], torch.bmm), nn.Linear(2, 1))
     x = torch.tensor([[[1.0]], [[10.0]]])
     operate(model, "0.weight", 2, 5.0)
-    assert model[0].weight.tolist() == [[[1, 2]], [[5, 4]]]
+    assert model.get_parameter("0.weight").tolist() == [[[1, 2]], [[5, 4]]]
     assert model[:1](x).flatten().tolist() == [1, 2, 30, 40]
-    model[0].weight.data[1, 0, 0] = 6.0
+    move(
+        model,
+        "0.weight",
+        (
+            1,
+            0,
+            0,
+        ),
+        6.0,
+    )
     assert model[:1](x).flatten().tolist() == [1, 2, 40, 40]

@@ -46,7 +46,7 @@ def site_of(kind: str) -> tuple[nn.Sequential, Tensor]:
 def units_of(model: nn.Sequential, x: Tensor) -> Tensor:
     """The activations, (num_units, ...)."""
     with torch.no_grad():
-        h = model[:3](x)
+        h: Tensor = model[:3](x)
     return h.movedim(1 if h.dim() == 4 else -1, 0)
 
 
@@ -128,8 +128,9 @@ def operated_on(norm: nn.Module) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("kind", NORMS)
-@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize(
+    ("batch", "kind"), [(n, kind) for kind in NORMS for n in (0, 1) if n == 0 or "without" not in kind]
+)
 def test_a_batch_of_none_or_one_passes_as_it_did(kind, batch):
     model = nn.Sequential(nn.Linear(3, NUM_UNITS), NORMS[kind](), nn.ReLU(), nn.Linear(NUM_UNITS, 2)).double().eval()
     x = torch.randn(batch, 3).double()
