@@ -41,7 +41,7 @@ ROOM = 100.0  # max_growth: here the bound is not what is tested
 LENIENT = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 FEW = settings(LENIENT, max_examples=math.ceil(200 / len(STYLES)))
 MANY = settings(LENIENT, max_examples=math.ceil(5_000 / len(STYLES)))
-SOME = settings(LENIENT, max_examples=40)
+SOME = settings(LENIENT, max_examples=25)
 
 Choice = Mapping[str, Sequence[int]]
 
