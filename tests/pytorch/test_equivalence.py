@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ ROOM = 100.0  # max_growth: here the bound is not what is tested
 LENIENT = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 FEW = settings(LENIENT, max_examples=math.ceil(200 / len(STYLES)))
 MANY = settings(LENIENT, max_examples=math.ceil(5_000 / len(STYLES)))
-SOME = settings(LENIENT, max_examples=40)
+SOME = settings(LENIENT, max_examples=25)
 
 Choice = Mapping[str, Sequence[int]]
 
@@ -87,7 +88,8 @@ def check_operation(network: Network, units: Choice, optimizer: torch.optim.Opti
     """Operate, and check the output, the input's gradient, the slots, the banks, and what the report says of them."""
     model, tolerance = network.model, TOLERANCES[network.dtype]
     before, slots, rows = outcome(model, network.inputs), state_of(model), members_by_site(model)
-    untouched = copy.deepcopy(model) if model.training else None
+    is_exact = network.dtype == torch.float64  # else a statistic behind another layer takes over its rounding
+    untouched = copy.deepcopy(model) if model.training and is_exact else None
     report = surgery.knife(model, surgery.Units(units), optimizer=optimizer, max_growth=ROOM)
     after = outcome(model, network.inputs)
     assert_equivalent(network, before, after)
@@ -233,7 +235,7 @@ def test_operating_in_two_halves_gives_the_output_of_both_at_once(data):
     network = data.draw(networks())
     assume(has_scale(network))
     units = data.draw(unit_sets(network))
-    twin = Network(network.style, copy.deepcopy(network.model), network.inputs, network.hidden, network.dtype)
+    twin = replace(network, model=copy.deepcopy(network.model))
     first = {name: chosen[::2] for name, chosen in units.items()}
     second = {name: chosen[1::2] for name, chosen in units.items() if len(chosen) > 1}
     check_operation(twin, units)
@@ -241,7 +243,7 @@ def test_operating_in_two_halves_gives_the_output_of_both_at_once(data):
     if second:
         check_operation(network, second)
     once, twice = outcome(twin.model, network.inputs), outcome(network.model, network.inputs)
-    assert_same_output(once, twice, TOLERANCES[network.dtype])
+    assert_equivalent(network, once, twice)
 
 
 # -- deep networks ---------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def copied(model: nn.Sequential, how: str) -> nn.Module:
         return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
     other = operated_on(type(model[1])(NUM_UNITS))
     if isinstance(model[1], nn.BatchNorm1d):
-        other[1].momentum = model[1].momentum
+        other.get_submodule("1").__dict__["momentum"] = model[1].momentum
     other.load_state_dict(model.state_dict())
     return other
 
