@@ -12,7 +12,7 @@ from torch import nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call, default_leaves
 from neuronsurgery.pytorch.scalars import Assumed
-from neuronsurgery.pytorch.tracing import Trace, trace
+from neuronsurgery.pytorch.tracing import Trace, is_raised_by_forward, trace
 
 __all__ = ["default_traces"]
 
@@ -56,20 +56,15 @@ def _for_all_sizes(
         if not found[0].conditions:
             return found
     except UntraceableError as error:
-        if not _is_of_the_forward(error):
+        if not is_raised_by_forward(error):
             raise
         failure = error
     for size in _OTHER_SIZES:
         try:
             found.append(assuming(size, prefers_equal=False))
         except UntraceableError as error:
-            if not _is_of_the_forward(error):
+            if not is_raised_by_forward(error):
                 raise
     if failure is not None and not found:
         raise failure
     return found
-
-
-def _is_of_the_forward(error: UntraceableError) -> bool:
-    """Whether the forward raised it itself for a size, as one that checks its input does."""
-    return isinstance(error.__cause__, (ValueError, AssertionError, IndexError, RuntimeError))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torch import fx, nn
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
+from neuronsurgery.pytorch.branching import branching
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
 from neuronsurgery.pytorch.fused import overrides
@@ -167,8 +169,9 @@ class Entry:
 
     def add(self, instance: nn.Module, traced: Trace) -> Graph:
         """Put the banks into a traced graph and keep it."""
-        guards = (*traced.guards, *insert_banks(traced.graph, instance, self.program.rewrites))
-        run = compiled(traced.graph, f"{self.cls.__qualname__}.{self.method}")
+        found = (insert_banks(each.graph, instance, self.program.rewrites) for each in traced.outcomes)
+        guards = (*traced.guards, *itertools.chain(*found))
+        run = branching(traced, functools.partial(compiled, label=f"{self.cls.__qualname__}.{self.method}"))
         graph = Graph(guards, traced.conditions, run)
         graphs = self.graphs.setdefault(traced.call.description, [])
         graphs.append(graph)

@@ -78,17 +78,22 @@ def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> R
         return reading
     main = readable_method(scope)
     try:
-        reading.traces = [(main, traced) for traced in default_traces(scope, main, inline)]
+        reading.traces = _outcomes(scope, main, inline)
     except UntraceableError as error:
         reading.failure = error
         return reading
     for method, function in methods_of(scope):
         if _may_be_traced(scope, function):
             try:
-                reading.traces += [(method, traced) for traced in default_traces(scope, method, inline)]
+                reading.traces += _outcomes(scope, method, inline)
             except UntraceableError as error:
                 reading.unread[method] = error.reason
     return reading
+
+
+def _outcomes(scope: nn.Module, method: str, inline: frozenset[str]) -> list[tuple[str, Trace]]:
+    """The default traces of a function, one for each outcome of its questions."""
+    return [(method, each) for traced in default_traces(scope, method, inline) for each in traced.outcomes]
 
 
 _SIDE_EFFECTS = frozenset(
