@@ -21,7 +21,7 @@ from torch import fx, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.branching import branching
-from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
+from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple, numbers_of_starred
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
 from neuronsurgery.pytorch.fused import overrides
 from neuronsurgery.pytorch.insertion import Rewrite, insert_banks
@@ -148,7 +148,8 @@ class Entry:
 
     def prepare(self, instance: nn.Module) -> None:
         """Trace the default call in both modes, so that the first real call is already fast and cannot fail."""
-        kinds = [default_call(instance, self.method, constant).description for constant in (False, True)]
+        numbers = numbers_of_starred(instance, self.method)
+        kinds = [default_call(instance, self.method, c, n).description for c in (False, True) for n in numbers]
         if all(self.find(instance, kind, None) is None for kind in kinds):
             for traced in default_traces(instance, self.method, self.program.inline):
                 self.add(instance, traced)

@@ -1,8 +1,9 @@
-"""Questions of dtype and device that decide a branch: `if h.dtype != self.out.weight.dtype: h = h.to(...)`.
+"""Questions of dtype, device or shape that decide a branch: `if h.dtype != self.out.weight.dtype: h = h.to(...)`.
 
-What a module's own tensors answer is read off and guarded. What a computed tensor or an argument answers is known only
-when it runs, as autocast and the caller decide it. So a forward is traced once for each combination of answers; the
-graphs agree up to the question that tells them apart, and the program asks it there, at run time (`branching`).
+What a module's own tensors answer is read off and guarded; sizes of arguments are conditions (`scalars`). What else
+there is to ask (the dtype of a computed tensor, as autocast decides it, or its shape) is known only when it runs. So a
+forward is traced once for each combination of answers; the graphs agree up to the question that tells them apart, and
+the program asks it there, at run time (`branching`).
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ from torch import fx
 
 __all__ = ["MOST_OUTCOMES", "Questions", "compares_by_identity", "is_fact", "own_tensors"]
 
-MOST_OUTCOMES = 32  # combinations of answers that are traced for one kind of call
+MOST_OUTCOMES = 16  # combinations of answers that are traced for one kind of call
 
-_PROPERTIES = frozenset("dtype device is_cuda is_cpu is_mps is_sparse is_quantized layout".split())
+_PROPERTIES = frozenset("dtype device is_cuda is_cpu is_mps is_sparse is_quantized layout shape ndim".split())
 _PARTS = frozenset("type index is_floating_point is_complex is_signed itemsize".split())  # of a dtype or a device
-_METHODS = frozenset("is_floating_point is_complex".split())
-_CONNECTIVES = frozenset({operator.eq, operator.ne, operator.and_, operator.or_, operator.xor})
+_METHODS = frozenset("is_floating_point is_complex size dim ndimension numel".split())
+_OPERATORS = frozenset("eq ne lt le gt ge and_ or_ xor add sub mul floordiv mod getitem".split())
 
 
 def is_fact(value: Any) -> bool:
-    """Whether a node is a dtype, a device or something of them, or a comparison of such with one another."""
+    """Whether a node is a dtype, a device, a shape, or something computed of such and constants alone."""
     if not isinstance(value, fx.Node) or value.kwargs:
         return False
     if value.op == "call_method" or value.target in (torch.is_floating_point, torch.is_complex):
-        return getattr(value.target, "__name__", value.target) in _METHODS and len(value.args) == 1
+        name = getattr(value.target, "__name__", value.target)
+        return name in _METHODS and not any(isinstance(argument, fx.Node) for argument in value.args[1:])
     if value.op != "call_function":
         return False
     if value.target is getattr:
         return value.args[1] in (_PARTS if is_fact(value.args[0]) else _PROPERTIES)
-    if value.target not in _CONNECTIVES:
+    if (
+        getattr(value.target, "__module__", "") != "_operator"
+        or getattr(value.target, "__name__", "") not in _OPERATORS
+    ):
         return False
-    facts = [is_fact(argument) for argument in value.args]
-    return any(facts) and all(f or not isinstance(a, fx.Node) for f, a in zip(facts, value.args, strict=True))
+    return bool(value.all_input_nodes) and all(map(is_fact, value.all_input_nodes))
 
 
 def own_tensors(fact: fx.Node) -> list[fx.Node] | None:
@@ -48,12 +52,11 @@ def own_tensors(fact: fx.Node) -> list[fx.Node] | None:
         is_read = fact.target is getattr and fact.args[0].op == "get_attr"
         return [fact] if is_read else None
     found: list[fx.Node] = []
-    for argument in fact.args:
-        if isinstance(argument, fx.Node):
-            inner = own_tensors(argument)
-            if inner is None:
-                return None
-            found += inner
+    for argument in fact.all_input_nodes:
+        inner = own_tensors(argument)
+        if inner is None:
+            return None
+        found += inner
     return found
 
 
@@ -98,6 +101,11 @@ class Questions:
 
 
 def _key(value: Any) -> Any:
+    """A fact by what it is made of, hashable, the same whenever the same is asked."""
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_key, value))
+    if isinstance(value, slice):
+        return (slice, *map(_key, (value.start, value.stop, value.step)))
     return (value.target, *map(_key, value.args)) if is_fact(value) else value
 
 

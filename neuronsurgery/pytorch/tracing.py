@@ -60,8 +60,8 @@ INLINED = "neuronsurgery_inlined"
 class Trace:
     """A forward as a graph, for one kind of call, and the guards under which it is that forward.
 
-    Where dtypes or devices decide a branch, it is the graph for some `answers` to the `questions`, nodes of it. Those
-    for other answers stand in `others`, and in `refusals` why there is none; guards and conditions are those of all.
+    Where dtypes, devices or shapes decide a branch, it is the graph for some `answers` to the `questions`, nodes of it.
+    Those for other answers stand in `others`, and in `refusals` why there is none; guards and conditions are of all.
     """
 
     graph: fx.Graph
@@ -117,7 +117,7 @@ def trace(
         pending += [(*answers[:place], not answers[place]) for place in range(len(prescribed), len(answers))]
         if len(found) + len(refusals) + len(pending) > MOST_OUTCOMES:
             label = f"{original_class(module).__name__}.{method}"
-            raise UntraceableError(f"{label} cannot be traced: dtypes or devices decide too many branches")
+            raise UntraceableError(f"{label} cannot be traced: dtypes, devices or shapes decide too many branches")
     return _joined(found, refusals)
 
 
@@ -440,7 +440,7 @@ class Tracer(GraphAppendingTracer):
         raise Impurity("control flow on tensor values or shapes (a tensor or a size decides a branch)")
 
     def answer(self, fact: fx.Node) -> bool:
-        """Whether something is so of dtypes or devices: of the module's own tensors a guard, of others a question."""
+        """Whether something is so of dtypes, devices or shapes: of the module's own tensors a guard, else a question."""
         own = own_tensors(fact)
         if own is None:
             return self.questions.answer(fact)
@@ -493,7 +493,7 @@ def _evaluated(fact: Any, values: dict[fx.Node, Any]) -> Any:
     """What a fact is, given what the module's tensors answer."""
     if not isinstance(fact, fx.Node) or fact in values:
         return values[fact] if isinstance(fact, fx.Node) else fact
-    return fact.target(*(_evaluated(argument, values) for argument in fact.args))  # type: ignore[operator]
+    return fact.target(*fx.map_arg(fact.args, lambda node: _evaluated(node, values)))  # type: ignore[operator]
 
 
 def _unpacked(obj: Any, frame: Any) -> Iterator[Any] | None:
