@@ -163,5 +163,5 @@ def is_equal(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return all(is_equal(value, b[key]) for key, value in a.items())
     if isinstance(a, list):
-        return all(map(torch.equal, a, b))
+        return all(np.array_equal(one.numpy(), other.numpy()) for one, other in zip(a, b, strict=True))
     return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(a == b)

@@ -24,10 +24,13 @@ _SIZES = (2, 1, 3)
 _NUMBERS_OF_AXES = (2, 1, 3, 4, 5)
 
 
-def default_traces(module: nn.Module, method: str, inline: frozenset[str] = frozenset()) -> list[Trace]:
+def default_traces(
+    module: nn.Module, method: str, inline: frozenset[str] = frozenset(), *, runs_hooks: bool = False
+) -> list[Trace]:
     """The default call in both modes; numbers are inputs of the graph where that can be traced, else constants.
 
     A function of `*args` is called with one tensor, or with as many as it takes without an error of its own.
+    `runs_hooks` is for graphs that will run, see `trace`.
 
     Raises:
         UntraceableError: the function cannot be read soundly.
@@ -35,7 +38,7 @@ def default_traces(module: nn.Module, method: str, inline: frozenset[str] = froz
     failure: UntraceableError | None = None
     for num_starred in numbers_of_starred(module, method):
         try:
-            return _with_numbers_if_possible(Default(module, method, inline, num_starred))
+            return _with_numbers_if_possible(Default(module, method, inline, runs_hooks, num_starred))
         except UntraceableError as error:
             if not is_raised_by_forward(error):
                 raise
@@ -51,6 +54,7 @@ class Default:
     module: nn.Module
     method: str
     inline: frozenset[str]
+    runs_hooks: bool
     num_starred: int
     constant_numbers: bool = False
     training: bool | None = None
@@ -63,8 +67,9 @@ class Default:
         """The trace under an assumption, or why there is none; and the assumption, which knows what it was asked."""
         call = default_call(self.module, self.method, self.constant_numbers, self.num_starred)
         known = Assumed(self.leaves, size, prefers_equal, num_axes)
+        ways: dict[str, Any] = {"inline": self.inline, "training": self.training, "runs_hooks": self.runs_hooks}
         try:
-            traced = trace(self.module, self.method, call, inline=self.inline, training=self.training, known=known)
+            traced = trace(self.module, self.method, call, known=known, **ways)
         except UntraceableError as error:
             if not is_raised_by_forward(error):
                 raise

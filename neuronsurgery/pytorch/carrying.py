@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.links import Dropout, Norm, UnitFunction
+from neuronsurgery.pytorch.computed_modules import frozen_rows
+from neuronsurgery.pytorch.links import Dropout, Norm, SyncBatchNorm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
-from neuronsurgery.pytorch.taps import offset_of, tap
+from neuronsurgery.pytorch.taps import observed_weight, offset_of, tap
 
 __all__ = ["FORWARDS", "Role", "carry", "produce"]
 
@@ -39,7 +40,12 @@ def produce(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
         delattr(z, CARRIED)  # this scope adds the rows in itself
         return z, carried.rows
     bank = producer._modules.get("composite")
-    return z, None if bank is None else bank(received)
+    return z, None if bank is None else rows_of(producer, bank, received)
+
+
+def rows_of(producer: nn.Module, bank: Any, received: Tensor) -> Tensor:
+    """The frozen rows' pre-activations for the input that a producer received."""
+    return bank(received) if bank.recipe is None else frozen_rows(producer, bank, received)
 
 
 def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -59,17 +65,23 @@ def call_producer(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tenso
 
 
 class Carried(NamedTuple):
-    """What a pre-activation carries: its frozen rows if any, and of its links the number passed and of all."""
+    """What a pre-activation carries: the weight by which it is observed if it is, its bank and frozen rows if any.
 
-    weight: nn.Parameter
+    And of its links the number passed, and of all.
+    """
+
+    weight: nn.Parameter | None
     bank: Composite | None
     rows: Tensor | None
     num_passed: int
     num_links: int
 
 
-def carry(z: Tensor, weight: nn.Parameter, bank: Composite | None, rows: Tensor | None, num_passed: int) -> Tensor:
+def carry(
+    z: Tensor, producer: nn.Module | nn.Parameter, bank: Composite | None, rows: Tensor | None, num_passed: int
+) -> Tensor:
     """The pre-activations themselves, which carry their rows if there are any, or if their activations are observed."""
+    weight = producer if isinstance(producer, nn.Parameter) else observed_weight(producer)
     num_links = offset_of(weight) if bank is None else len(bank.path.links)
     if num_links:
         setattr(z, CARRIED, Carried(weight, bank, rows, num_passed, num_links))
@@ -88,8 +100,8 @@ def producing(original: Forward) -> Forward:
     @functools.wraps(original)
     def forward(self: nn.Module, input: Tensor) -> Tensor:
         bank: Any = self._modules.get("composite")
-        weight: Any = self._parameters["weight"]
-        return carry(original(self, input), weight, bank, None if bank is None else bank(input), 0)
+        z = original(self, input)
+        return carry(z, self, bank, None if bank is None else rows_of(self, bank, input), 0)
 
     return forward
 
@@ -113,7 +125,7 @@ def passing(original: Forward) -> Forward:
             return h
         if rows is not None and carried.bank is not None:
             h = carried.bank.assemble(h, rows)
-        return tap(carried.weight, h) if offset_of(carried.weight) else h
+        return h if carried.weight is None or not offset_of(carried.weight) else tap(carried.weight, h)
 
     return forward
 
@@ -125,6 +137,8 @@ def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Te
     if original_class(module).__qualname__ != bank.path.classes[index]:
         raise _replaced(carried, module)
     link = bank.path.links[index]
+    if isinstance(link, SyncBatchNorm):
+        return bank.together(index, link, module, slots, rows)
     if isinstance(link, (Norm, Dropout)):
         received = bank.entered(index, link, slots, rows)
         own = [_attribute(module, name) for name in link.tensors]

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from neuronsurgery.errors import EquivalenceError
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.links import Dropout, Link, Norm, UnitFunction
 from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
@@ -38,11 +39,14 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
-    with torch.no_grad():
-        old, _ = _activations(place, [None if slots is None else slots.rows() for slots in place.slots], place.bank)
-        new, rows = _activations(place, renewed, bank)
-        scale = max(_magnitude(old), _magnitude(rows))
-        error = _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny)
+    before = [None if slots is None else slots.rows() for slots in place.slots]
+    error = 0.0
+    for computed in place.computed or (None,):
+        with torch.no_grad():
+            old, _ = _activations(place, before, place.bank, computed)
+            new, rows = _activations(place, renewed, bank, computed)
+            scale = max(_magnitude(old), _magnitude(rows))
+            error = max(error, _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny))
     if not error <= tolerance(place.weight.dtype):
         raise EquivalenceError(
             f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
@@ -52,13 +56,15 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     return error
 
 
-def _activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite | None) -> tuple[Tensor, Tensor]:
+def _activations(
+    place: Place, renewed: Sequence[Tensor | None], bank: Composite | None, computed: Computed | None
+) -> tuple[Tensor, Tensor]:
     """The activations of all units, on one axis, with these slots and this bank, in evaluation; and the rows' own."""
-    weight, bias, *values = renewed
-    assert weight is not None
+    _, _, *values = renewed
+    weight, bias = _effective(place, renewed, computed)
     x = place.product.example(weight, torch.Generator(weight.device).manual_seed(0), place.path.num_axes)
     h = place.product(x, weight, bias, torch.arange(len(weight), device=weight.device))
-    rows = h if bank is None else bank(x)
+    rows = h if bank is None else _rows(bank, x, computed)
     axis = -1 if place.product.is_stacked else place.product.unit_axes[0]
     for index, link in enumerate(place.path.links):
         own = [value for value in values[place.path.span(index)] if value is not None]
@@ -68,6 +74,25 @@ def _activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite
             h, rows = _passed(bank, index, link, (slots, rows), h, own, others)
         axis = link.axis_after(axis, h.dim())
     return (h, rows) if bank is None else (bank.summed(h, rows, axis), rows)
+
+
+def _effective(
+    place: Place, renewed: Sequence[Tensor | None], computed: Computed | None
+) -> tuple[Tensor, Tensor | None]:
+    """All units' rows of the weight, and biases, that these slots give."""
+    weight, bias = renewed[:2]
+    assert weight is not None
+    if computed is None:
+        return weight, bias
+    stored = {name: rows for name, rows in zip(place.buffer_names, renewed, strict=True) if rows is not None}
+    units = torch.arange(len(weight), device=weight.device)
+    return computed.recipe.rows(computed.compute, stored, computed.live, units)
+
+
+def _rows(bank: Composite, x: Tensor, computed: Computed | None) -> Tensor:
+    if computed is None:
+        return bank(x)  # type: ignore[no-any-return]
+    return bank.computed(x, computed.recipe, computed.compute, computed.live)
 
 
 def _others(link: Link, index: int, slots: Tensor, is_stacked: bool) -> list[Tensor]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
-from neuronsurgery.pytorch.links import Coupling, Link, Move, is_statistic
+from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
+from neuronsurgery.pytorch.links import Coupling, Link, Move, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.unitwise import Kind
 
@@ -69,15 +70,15 @@ class UnitPath:
         return start
 
 
-def frozen_names(path: UnitPath) -> tuple[str, ...]:
-    """The names of a bank's buffers with one value a row: weights, biases, and the path's own tensors.
+def frozen_names(path: UnitPath, extras: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of a bank's buffers with one value a row: weights, biases, the path's own tensors, and the extras.
 
     Not `weight` and `bias`: functions that walk all modules and initialize whatever has a weight must pass it by.
     Running statistics are not frozen: they follow what their row sees.
     """
     labels = enumerate(path.tensors)
     tensors = (f"running_path_{i}" if is_statistic(label) else f"frozen_path_{i}" for i, label in labels)
-    return ("frozen_weight", "frozen_bias", *tensors)
+    return (*FIRST_NAMES, *tensors, *extras)
 
 
 class Composite(nn.Module):
@@ -85,7 +86,8 @@ class Composite(nn.Module):
 
     Buffers: `frozen_weight` (capacity, *row_shape), `frozen_bias` (capacity,) where the producer has one, and for the
     path's own tensors `frozen_path_<i>` (capacity, ...), copies of parameters, and `running_path_<i>`, statistics that
-    each row keeps. Unused rows repeat the first and are never read.
+    each row keeps. Where a producer computes its weight from several parameters, `frozen_weight` is the first of them,
+    and each other has a `frozen_<name>` (capacity, *its_row_shape). Unused rows repeat the first and are never read.
     """
 
     frozen_weight: Tensor
@@ -95,18 +97,26 @@ class Composite(nn.Module):
     units: Tensor
     reference: Tensor
 
-    def __init__(self, product: Product, path: UnitPath, num_units: int, rows: Rows, values: Sequence[Tensor | None]):
+    def __init__(
+        self,
+        product: Product,
+        path: UnitPath,
+        num_units: int,
+        rows: Rows,
+        values: Sequence[Tensor | None],
+        recipe: Recipe | None = None,
+    ):
         super().__init__()
         self.product, self.path, self.num_units = product, path, num_units
-        self.rows = rows
+        self.rows, self.recipe = rows, recipe
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
         for name, value in self.tables(rows).items():
             self.register_buffer(name, value, persistent=False)
 
     def buffer_names(self) -> tuple[str, ...]:
-        """The buffers with one value a row: weight, bias, and the path's parameters."""
-        return frozen_names(self.path)
+        """The buffers with one value a row: weight, bias, the path's parameters, and what else weights come from."""
+        return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
         """The gather tables for these rows, on the bank's device."""
@@ -130,6 +140,11 @@ class Composite(nn.Module):
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
         return self.product(x, self.frozen_weight, self.frozen_bias, self.units)
 
+    def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
+        """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
+        stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
+        return self.product(x, *recipe.rows(compute, stored, live, self.units), self.units)
+
     # -- on the path
 
     def passed(
@@ -141,6 +156,12 @@ class Composite(nn.Module):
     def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor) -> Tensor:
         """What the operation of a coupling link receives in the slots' place."""
         return link.enter(self, slots, rows, self.axis(index, rows))
+
+    def together(
+        self, index: int, link: SyncBatchNorm, module: nn.Module, slots: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Slots and rows past a module that all processes share."""
+        return link.together(slots, rows, self.values(index, link), self.axis(index, rows), module)
 
     def left(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DrawError
+from neuronsurgery.pytorch.drawing_computed import fresh_sources
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
@@ -62,8 +63,15 @@ def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[lis
         for the report.
     """
     with _seeded((seed + zlib.crc32(place.site.name.encode())) % 2**63, place.weight.device), torch.no_grad():
-        weight, bias, note = _whole_layer(place, init)
-        fresh = [weight, bias, *(_path_tensor(slots) for slots in place.slots[2:])]
+        names = place.buffer_names
+        if place.computed:
+            wholes, note = fresh_sources(place, init)
+            _check_filled(place, wholes[names[0]])
+        else:
+            weight, bias, note = _whole_layer(place, init)
+            wholes = {name: whole for name, whole in zip(names, (weight, bias), strict=False) if whole is not None}
+        pairs = zip(names, place.slots, strict=True)
+        fresh = [wholes[name] if name in wholes else _path_tensor(slots) for name, slots in pairs]
     rows = [
         None if slots is None or whole is None or not slots.is_renewed else replace(slots, tensor=whole).take(units)
         for slots, whole in zip(place.slots, fresh, strict=True)
@@ -77,11 +85,7 @@ def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None
     owner = place.owners[0][0]
     if init is not None:
         init(weight)
-        if not bool(weight.isfinite().all()):
-            raise DrawError(
-                f"init= left values that are not finite in the weight of {place.site.name!r}: it must fill all of "
-                "the tensor it gets in place, as torch.nn.init.xavier_uniform_ does; what it returns is not used"
-            )
+        _check_filled(place, weight)
         return weight, bias, ""
     if place.owners[0][1] == "composite" and callable(getattr(owner, "reset_parameters", None)):
         scratch = _scratch(owner)
@@ -90,6 +94,14 @@ def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None
     values = place.weight.detach().float()
     std = float(values.std() if values.numel() > 1 else values.abs())
     return weight.normal_(0.0, std), bias, f"{place.site.name}: no initializer of its own; drew normal(0, {std:.3g})"
+
+
+def _check_filled(place: Place, weight: Tensor) -> None:
+    if not bool(weight.isfinite().all()):
+        raise DrawError(
+            f"init= left values that are not finite in the weight of {place.site.name!r}: it must fill all of "
+            "the tensor it gets in place, as torch.nn.init.xavier_uniform_ does; what it returns is not used"
+        )
 
 
 def _path_tensor(slots: Slots | None) -> Tensor | None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from neuronsurgery.pytorch.hooks import has_hooks, may_change_output
-from neuronsurgery.pytorch.links import Dropout, Link, Norm
+from neuronsurgery.pytorch.hooks import forbids_inlining, has_hooks, may_change_output
+from neuronsurgery.pytorch.links import Link, is_coupling
 from neuronsurgery.pytorch.mirroring import submodule
 from neuronsurgery.pytorch.recognition import (
     SCALING,
@@ -30,7 +30,7 @@ from neuronsurgery.pytorch.recognition import (
 )
 from neuronsurgery.pytorch.unitwise import Kind
 
-__all__ = ["Followed", "LinkUse", "follow"]
+__all__ = ["Followed", "LinkUse", "follow", "is_in_place"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def _module_link(node: fx.Node, value: fx.Node, scope: nn.Module, shape: UnitSha
     if isinstance(found, str):
         return f"no activation function: it feeds '{path}' ({found})"
     link, own = found
-    if isinstance(link, (Norm, Dropout)) and has_hooks(module):
+    if is_coupling(link) and has_hooks(module):
         return f"a hook on '{path}' would see what stands in for the units there"
     return LinkUse(
         link, value, node, tuple(replace(each, path=f"{path}.{each.path}") for each in own), (), (path,), (node,)
@@ -133,9 +133,8 @@ def _region(value: fx.Node, readers: Sequence[fx.Node], scope: nn.Module, shape:
     steps = UnitSteps(scope, shape)
     steps.enter(value)
     waiting, members = set(readers), list[fx.Node]()
-    order = {node: place for place, node in enumerate(value.graph.nodes)} if len(readers) > 1 else {}
     while waiting:
-        node = min(waiting, key=order.__getitem__) if len(waiting) > 1 else next(iter(waiting))
+        node = min(waiting)  # the first in the graph
         waiting.remove(node)
         if problem := _taken_in(node, steps, scope, shape):
             return problem if not members and len(readers) == 1 else _read_often(readers)
@@ -155,7 +154,7 @@ def _taken_in(node: fx.Node, steps: UnitSteps, scope: nn.Module, shape: UnitShap
     if node.op == "call_module":
         module = submodule(scope, str(node.target))
         function = function_of_module(module, shape)
-        if isinstance(function, str) or function.others or has_hooks(module) or len(node.args) != 1:
+        if isinstance(function, str) or function.others or forbids_inlining(module) or len(node.args) != 1:
             return f"no activation function: it feeds '{node.target}'"
         steps.add_module(node, function)
         return ""
@@ -170,7 +169,7 @@ def _unsound(value: fx.Node, members: Sequence[fx.Node], readers: Sequence[fx.No
     last = members[-1]
     if any(user not in inside for node in (value, *members[:-1]) for user in node.users if not is_metadata(user)):
         return _read_often(readers)
-    if len(members) > 1 and any(_is_in_place(node) for node in members):
+    if len(members) > 1 and any(is_in_place(node) for node in members):
         return _read_often(readers)
     is_sum = canonical_name(last) in ("add", "sub", "subtract")
     if len(members) > 1 and is_sum and sum(argument in inside for argument in last.args) > 1:
@@ -185,7 +184,8 @@ def _read_often(readers: Sequence[fx.Node]) -> str:
     return f"its pre-activation is read {len(readers)} times, not only by one activation function"
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node's function writes into what it gets."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     is_augmented = name in ("iadd", "isub", "imul", "itruediv")
     return is_augmented or (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
@@ -204,7 +204,7 @@ def is_generated(node: Any) -> bool:
     waiting = [node]
     while waiting:
         found = waiting.pop()
-        if found in seen or found.op not in ("call_function", "call_method"):
+        if found.op not in ("call_function", "call_method") or _SUMS in found.meta or found in seen:
             continue
         seen.add(found)
         name = canonical_name(found)
@@ -213,4 +213,10 @@ def is_generated(node: Any) -> bool:
             return True
         if name in _PRODUCTS or name in _THROUGH:
             waiting += computed
+    for found in seen:  # so that a residual stream is walked once, not once for every block
+        found.meta[_SUMS] = True
     return False
+
+
+_SUMS = "neuronsurgery_sums"
+"""The key of a node's metadata that says that no product of two computed tensors is in it."""

@@ -14,9 +14,11 @@ import itertools
 import types
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-__all__ = ["has_hooks", "may_change_output"]
+from neuronsurgery.errors import SurgeryError
+
+__all__ = ["forbids_inlining", "has_hooks", "is_hook_call", "may_change_output", "run_hooks", "run_pre_hooks"]
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _FILLING = frozenset("append appendleft add update extend insert __setitem__".split())
@@ -27,9 +29,64 @@ def may_change_output(module: nn.Module) -> bool:
     return any(not returns_none(hook) or works_in_place(hook) for hook in module._forward_hooks.values())
 
 
+def may_change_input(module: nn.Module) -> bool:
+    """Whether a forward pre-hook on the module may replace its arguments, or change them in place."""
+    return any(not returns_none(hook) or works_in_place(hook) for hook in module._forward_pre_hooks.values())
+
+
+def forbids_inlining(module: nn.Module) -> bool:
+    """Whether hooks of a module need its own call, because they may change what passes, or run in the backward pass."""
+    runs_backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(runs_backward) or may_change_input(module) or may_change_output(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything runs around the module's forward."""
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+    return bool(module._forward_hooks or module._forward_pre_hooks) or forbids_inlining(module)
+
+
+# -- hooks of a child that has become part of its parent's graph -------------------------------------------------------
+
+
+def run_pre_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the forward pre-hooks that an inlined child has now, in torch's order.
+
+    Raises:
+        SurgeryError: one of them replaces the arguments.
+    """
+    hooks: dict[int, Any] = {**_modules._global_forward_pre_hooks, **module._forward_pre_hooks}
+    for key, hook in hooks.items():
+        named = (kwargs,) if key in module._forward_pre_hooks_with_kwargs else ()
+        if hook(module, args, *named) is not None:
+            raise SurgeryError(_REPLACES.format("forward pre-hook", type(module).__name__, "arguments"))
+
+
+def run_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Run the forward hooks that an inlined child has now, in torch's order.
+
+    Raises:
+        SurgeryError: one of them replaces the output.
+    """
+    hooks: dict[int, Any] = {**_modules._global_forward_hooks, **module._forward_hooks}
+    with_kwargs = {*_modules._global_forward_hooks_with_kwargs, *module._forward_hooks_with_kwargs}
+    for key, hook in hooks.items():
+        if hook(module, args, *((kwargs,) if key in with_kwargs else ()), output) is not None:
+            raise SurgeryError(_REPLACES.format("forward hook", type(module).__name__, "output"))
+
+
+def is_hook_call(node: fx.Node) -> bool:
+    """Whether a node of a graph only runs hooks: it reads values, and passes nothing on."""
+    return node.target in (run_pre_hooks, run_hooks)
+
+
+_modules = nn.modules.module
+_REPLACES = (
+    "a {} registered on {} replaces its {}; the activation function of a composite inside stands in the parent, which "
+    "would not see that. Return None from the hook, or undo the operation first"
+)
+
+
+# -- what a hook's code says -------------------------------------------------------------------------------------------
 
 
 def returns_none(hook: Any) -> bool:

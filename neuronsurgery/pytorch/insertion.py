@@ -13,10 +13,20 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import carry, produce
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.following import LinkUse
-from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Norm, Reshape, UnitFunction, is_coupling
+from neuronsurgery.pytorch.links import (
+    BatchNorm,
+    Coupling,
+    Link,
+    Norm,
+    Reshape,
+    SyncBatchNorm,
+    UnitFunction,
+    is_coupling,
+)
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
-from neuronsurgery.pytorch.taps import tap
+from neuronsurgery.pytorch.taps import tap, tap_producer
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.uses import Use, find_uses
 
@@ -51,7 +61,7 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
         if use.producer in wanted:
             if use.path is None and not (use.followed.is_open and wanted[use.producer].is_open):
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
-            guards += _path_guards(use, scope)
+            guards += [*_path_guards(use, scope), *_shape_guards(use, scope)]
             _insert(graph, use, wanted[use.producer], composites)
     return tuple(guards)
 
@@ -67,6 +77,17 @@ def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
                     yield replace(guard, module=f"{path}.{guard.module}" if guard.module else path)
             if isinstance(link_use.link, Norm):
                 yield Guard(path, (("attribute", "eps"),), link_use.link.eps)
+
+
+def _shape_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
+    """What a weight is computed from has the shape it had: which of its axes numbers the units depends on it."""
+    computed = use.call.computed
+    for node in () if computed is None or use.is_module else (*computed.nodes, *computed.inner):
+        for each in node.all_input_nodes:
+            if each.op == "get_attr":
+                owner, _, name = str(each.target).rpartition(".")
+                found = getattr(submodule(scope, owner), name)
+                yield Guard(owner, (("attribute", name), ("attribute", "shape")), found.shape)
 
 
 def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Node, fx.Node]) -> None:
@@ -88,9 +109,9 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
         _insert_carrying(graph, use, rewrite, h, rows)
     elif rewrite.tapped:
         with graph.inserting_after(h):
-            parameter = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
-        with graph.inserting_after(parameter):
-            tapped = graph.call_function(tap, (parameter, h))
+            observed = graph.get_attr(use.producer)
+        with graph.inserting_after(observed):
+            tapped = graph.call_function(tap_producer if use.is_module else tap, (observed, h))
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
         h = tapped
     composites[use.last] = h
@@ -100,9 +121,9 @@ def _insert_carrying(graph: fx.Graph, use: Use, rewrite: Rewrite, slots: fx.Node
     """Let the pre-activations that the scope returns carry their rows to whoever has the activation function."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     with graph.inserting_before(output):
-        weight = graph.get_attr(f"{rewrite.producer}.weight" if use.is_module else rewrite.producer)
+        producer = graph.get_attr(use.producer)
         bank = graph.get_attr(rewrite.bank) if rewrite.bank is not None else None
-        carried = graph.call_function(carry, (slots, weight, bank, rows if bank else None, len(use.links)))
+        carried = graph.call_function(carry, (slots, producer, bank, rows if bank else None, len(use.links)))
     output.replace_input_with(slots, carried)
 
 
@@ -151,6 +172,10 @@ def _insert_coupling(
     link: Any = use.link
     slots = use.node.args[0]
     assert isinstance(slots, fx.Node)
+    if isinstance(link, SyncBatchNorm):
+        with graph.inserting_before(use.node):
+            module = graph.get_attr(use.module)
+            return _pair_in_place_of(graph, use.node, _together(index, link), (bank, module, slots, rows))
     with graph.inserting_before(use.node):
         received = graph.call_function(_entering(index, link), (bank, slots, rows))
         own = [graph.get_attr(each.path) for each in use.own]
@@ -162,6 +187,24 @@ def _insert_coupling(
     use.node.replace_all_uses_with(passed, delete_user_cb=lambda user: user is not pair)
     with graph.inserting_after(passed):
         return passed, graph.call_function(operator.getitem, (pair, 1))
+
+
+def _pair_in_place_of(
+    graph: fx.Graph, node: fx.Node, function: Callable[..., Any], args: tuple[fx.Node, ...]
+) -> tuple[fx.Node, fx.Node]:
+    """Slots and rows from one call that stands where a node was."""
+    pair = graph.call_function(function, args)
+    passed, rows = (graph.call_function(operator.getitem, (pair, place)) for place in (0, 1))
+    node.replace_all_uses_with(passed)
+    graph.erase_node(node)
+    return passed, rows
+
+
+def _together(index: int, link: SyncBatchNorm) -> Callable[..., tuple[Tensor, Tensor]]:
+    def together(bank: Composite, module: nn.Module, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return bank.together(index, link, module, slots, rows)
+
+    return together
 
 
 def _entering(index: int, link: Coupling) -> Callable[[Composite, Tensor, Tensor], Tensor]:
@@ -187,8 +230,23 @@ def _rows_of_function(graph: fx.Graph, use: Use, bank: str | None, composites: d
     """The frozen rows' pre-activations beside a functional call, before anything may change its input in place."""
     if bank is None:
         return use.node
+    computed = use.call.computed
+    received = composites.get(use.call.received, use.call.received)
     with graph.inserting_before(use.node):
-        return graph.call_module(bank, (composites.get(use.call.received, use.call.received),))
+        if computed is None:
+            return graph.call_module(bank, (received,))
+        found = graph.get_attr(bank)
+        return graph.call_function(_computing(computed), (found, received, list(computed.leaves)))
+
+
+def _computing(computed: Computed) -> Callable[[Composite, Tensor, Sequence[Any]], Tensor]:
+    """The frozen rows' pre-activations with weights that this graph computes."""
+    recipe, compute = computed.recipe, computed.compute
+
+    def rows_of(bank: Composite, x: Tensor, live: Sequence[Any]) -> Tensor:
+        return bank.computed(x, recipe, compute, live)
+
+    return rows_of
 
 
 def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:

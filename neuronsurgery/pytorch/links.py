@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
+from neuronsurgery.pytorch.syncing import normalize_together
 from neuronsurgery.pytorch.unitwise import Kind, Other, Step, along, evaluate
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Move",
     "Norm",
     "Reshape",
+    "SyncBatchNorm",
     "Table",
     "UnitFunction",
     "is_coupling",
@@ -104,7 +106,7 @@ class Coupling(Link, Protocol):
 
 def is_coupling(link: Link) -> bool:
     """Whether a link has a hand in what the slots receive and give."""
-    return isinstance(link, (Norm, Dropout))
+    return isinstance(link, (Norm, Dropout, SyncBatchNorm))
 
 
 def is_statistic(label: str) -> bool:
@@ -276,6 +278,18 @@ class BatchNorm:
 
     def axis_after(self, axis: int, num_axes: int) -> int:
         return axis
+
+
+@dataclass(frozen=True)
+class SyncBatchNorm(BatchNorm):
+    """Batch normalization over all processes: slots and rows pass it in one call, and share its all-reduce."""
+
+    def together(
+        self, slots: Tensor, rows: Tensor, values: Sequence[Tensor], axis: int, module: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """The slots and the rows past the module."""
+        _check_axis(rows, axis, self.name)
+        return normalize_together(module, slots, rows, self.tensors, values)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,19 @@ def _is_fractional_power(name: str, user: fx.Node) -> bool:
 
 def _weight_is_parameter(node: fx.Node, value: fx.Node) -> bool:
     others = _other_tensors(node, value)
-    return bool(others) and all(other.op == "get_attr" for other in others)
+    return bool(others) and all(map(_is_of_parameters, others))
+
+
+def _is_of_parameters(node: fx.Node) -> bool:
+    """Whether a value is a parameter or buffer, or computed from such alone."""
+    seen, waiting = set[fx.Node](), [node]
+    while waiting:
+        found = waiting.pop()
+        if found.op not in ("get_attr", "call_function", "call_method"):
+            return False
+        waiting += [each for each in found.all_input_nodes if each not in seen]
+        seen.add(found)
+    return True
 
 
 def _other_tensors(node: fx.Node, value: fx.Node) -> list[fx.Node]:

@@ -154,13 +154,16 @@ class Mirror:
         return value
 
     def __getattr__(self, name: str) -> Any:
+        listener = listener_of(self)
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            value = super().__getattr__(name)  # type: ignore[misc]
         except AttributeError:
-            listener = listener_of(self)
             if listener is not None and not name.startswith("__"):
                 listener.read_attribute(self, name, Absent.ABSENT)
             raise
+        if value is None and listener is not None:  # a child or parameter that there could be
+            listener.read_attribute(self, name, None)
+        return value
 
 
 def _is_class_data(cls: type, name: str) -> bool:

@@ -2,14 +2,13 @@
 
 They are recorded however the user's code came by them (`from einops import rearrange`, a partial, an attribute): while
 a forward is traced, the functions' code is exchanged for one that asks the tracer first. einops itself is never
-imported here; if nobody has imported it, no forward can call it.
+imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from neuronsurgery.pytorch.mirroring import original_class
 
-__all__ = ["einops_recorded", "is_of_einops"]
+__all__ = ["einops_recorded", "is_imported", "is_of_einops"]
 
 _NAMES = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "parse_shape")
 Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -27,13 +26,13 @@ Record = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 @contextlib.contextmanager
 def einops_recorded(record: Record) -> Iterator[None]:
-    """Give calls of einops's functions with stand-ins for tensors to `record`, in this thread."""
+    """Give calls of einops's functions with stand-ins for tensors to `record`."""
     einops = sys.modules.get("einops")
     functions = {name: getattr(einops, name, None) for name in _NAMES}
     exchanged = {n: f for n, f in functions.items() if isinstance(f, types.FunctionType) and f.__closure__ is None}
     codes = {name: function.__code__ for name, function in exchanged.items()}
     _RUNNING.clear()
-    _RUNNING.update({name: _Running(f, _copied(f), record, threading.get_ident()) for name, f in exchanged.items()})
+    _RUNNING.update({name: _Running(f, _copied(f), record) for name, f in exchanged.items()})
     try:
         for name, function in exchanged.items():
             function.__code__ = _asking_code(name)
@@ -41,6 +40,12 @@ def einops_recorded(record: Record) -> Iterator[None]:
     finally:
         for name, function in exchanged.items():
             function.__code__ = codes[name]
+        _RUNNING.clear()  # it refers to the model
+
+
+def is_imported() -> bool:
+    """Whether anyone has imported einops by now; a forward may do so itself, and is then traced again."""
+    return "einops" in sys.modules
 
 
 def is_of_einops(module: nn.Module) -> bool:
@@ -51,12 +56,12 @@ def is_of_einops(module: nn.Module) -> bool:
 class _Running:
     """A function of einops while its code is exchanged, with a copy that runs the code it had."""
 
-    def __init__(self, function: Any, copied: Any, record: Record, thread: int) -> None:
-        self.function, self.copied, self.record, self.thread = function, copied, record, thread
+    def __init__(self, function: Any, copied: Any, record: Record) -> None:
+        self.function, self.copied, self.record = function, copied, record
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         is_symbolic = any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs)))
-        if is_symbolic and threading.get_ident() == self.thread:
+        if is_symbolic:
             return self.record(self.function, args, kwargs)
         return self.copied(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
-from neuronsurgery.pytorch.composites import Composite, frozen_names
+from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
@@ -162,7 +162,7 @@ def _extended_bank(
         units.tolist(), operation, [births] * len(units)
     )
     values: list[Tensor | None] = []
-    for name, slots, drawn in zip(frozen_names(place.path), place.slots, fresh, strict=True):
+    for name, slots, drawn in zip(place.buffer_names, place.slots, fresh, strict=True):
         if slots is None:
             values.append(None)
             continue
@@ -170,7 +170,7 @@ def _extended_bank(
         compensation = knowledge if drawn is None else drawn
         frozen = [] if old is None else [old.live(name)]
         values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
-    return Composite(place.product, place.path, place.site.num_units, structure, values)
+    return Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe)
 
 
 def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -317,7 +317,8 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
         return
     keep = torch.from_numpy(np.flatnonzero(~mask)).to(place.weight.device)
     values = [None if value is None else value.index_select(0, keep) for value in live]
-    yield from _bank_changes(place, Composite(place.product, place.path, place.site.num_units, kept, values))
+    smaller = Composite(place.product, place.path, place.site.num_units, kept, values, place.recipe)
+    yield from _bank_changes(place, smaller)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from neuronsurgery.pytorch.composites import Composite, UnitPath
+from neuronsurgery.pytorch.composites import Composite, UnitPath, frozen_names
+from neuronsurgery.pytorch.computing import Computed, Recipe, Source
 from neuronsurgery.pytorch.links import is_statistic
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import is_producer
@@ -86,9 +87,20 @@ class Place:
     weight: nn.Parameter
     product: Product
     path: UnitPath
-    slots: tuple[Slots | None, ...]  # weight, bias, and the path's own tensors; None where there is no bias
+    slots: tuple[Slots | None, ...]  # as `buffer_names`; None where there is no bias
     owners: tuple[tuple[nn.Module, str], ...]  # where the bank hangs: every module that owns the weight, and the name
     homes: tuple[Home, ...]
+    computed: tuple[Computed, ...] = ()  # the ways in which its weight is computed; none where it is a parameter
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What the weight is computed from, in all of these ways together."""
+        return _merged(self.computed)
+
+    @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """The bank's buffer for each of the slots: weight, bias, the path's own tensors, then the recipe's others."""
+        return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     @property
     def bank(self) -> Composite | None:
@@ -139,20 +151,40 @@ def place_of(
         num_units=use.product.axes.num_units(weight.shape),
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
     )
+    computed = tuple(use.call.computed for _, _, use in entries if use.call.computed is not None)
+    extras = {each[0].name: each for found in computed for each in found.extras}
     slots = (
         Slots(weight, *owners[0], use.product.axes, is_weight=True),
         _bias_slots(use, owners[0][0]),
         *(Slots(own.tensor, *_owner(reading.scope, own.path), own.axes, own.fresh) for own in use.own),
+        *(Slots(tensor, module, attribute, _axes(s)) for s, tensor, module, attribute in extras.values()),
     )
     slots = (slots[0], *(each and replace(each, is_own=is_own(each.tensor, each.owner)) for each in slots[1:]))
     unique = {(id(h.scope), h.method, h.producer): h for h in homes}
-    return Place(site, weight, use.product, use.path, slots, at, tuple(unique.values()))
+    return Place(site, weight, use.product, use.path, slots, at, tuple(unique.values()), computed)
+
+
+def _axes(source: Source) -> UnitAxes:
+    assert source.axis is not None
+    return UnitAxes((source.axis,))
+
+
+def _merged(computed: tuple[Computed, ...]) -> Recipe | None:
+    """A recipe with the stored sources of all."""
+    if not computed:
+        return None
+    stored = {source.name: source for each in computed[1:] for source in each.recipe.sources if source.name}
+    recipe = computed[0].recipe
+    known = {source.name for source in recipe.sources}
+    return replace(recipe, sources=(*recipe.sources, *(s for name, s in stored.items() if name not in known)))
 
 
 def _bias_slots(use: Use, owner: nn.Module) -> Slots | None:
     bias = use.call.bias
     if bias is None:
         return None
+    if use.call.computed is not None:
+        return Slots(bias, *use.call.computed.owner_of(bias), use.call.bias_axes)
     attribute = next((name for name, parameter in owner._parameters.items() if parameter is bias), "")
     return Slots(bias, owner, attribute, use.call.bias_axes)
 

@@ -12,13 +12,24 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from neuronsurgery.pytorch.computed_calls import Parts, computed_by, parts_of
+from neuronsurgery.pytorch.computed_modules import computed_of, has_computed_weight
+from neuronsurgery.pytorch.computing import FIRST_NAMES, Computed
 from neuronsurgery.pytorch.hooks import may_change_output
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.products import Contraction, Convolution, Linear, Product
 from neuronsurgery.pytorch.recognition import UnitShape, canonical_name
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
-__all__ = ["Multiplication", "is_producer", "multiplication_at", "product_of_module", "shape_of"]
+__all__ = [
+    "Multiplication",
+    "computed_weight_of",
+    "is_producer",
+    "multiplication_at",
+    "product_of_module",
+    "shape_of",
+    "why_not_computed",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +41,8 @@ class Multiplication:
     weight: nn.Parameter
     bias: nn.Parameter | None
     product: Product | str
+    computed: Computed | None = None  # how, where weight and bias are no parameters but computed from several
+    parts: Parts | None = None  # of a functional call, until its kind of product is known
 
     @property
     def bias_axes(self) -> UnitAxes:
@@ -69,14 +82,38 @@ def _kind_of(module: nn.Module) -> Callable[[Any], Product | str] | None:
 def _of_module(node: fx.Node, module: nn.Module) -> Multiplication | None:
     if not is_producer(module):
         return None
-    weight = module._parameters.get("weight")
     received = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+    computed = computed_weight_of(module)
+    weight = module._parameters.get("weight") if computed is None else computed.weight
     if weight is None or not isinstance(received, fx.Node):
         return None
     product = product_of_module(module)
     if not isinstance(product, str) and len(node.args) + len(node.kwargs) > 1:
         product = f"{original_class(module).__name__} is called with an output size of its own"
-    return Multiplication(str(node.target), received, weight, module._parameters.get("bias"), product)
+    bias = module._parameters.get("bias") if computed is None else computed.bias
+    return Multiplication(str(node.target), received, weight, bias, product, computed)
+
+
+def computed_weight_of(module: nn.Module) -> Computed | None:
+    """How a producer module computes its weight; None where it is a parameter, or `why_not_computed` has a reason."""
+    found = _computed(module)
+    return found if isinstance(found, Computed) else None
+
+
+def why_not_computed(module: nn.Module) -> str:
+    """Why the units of a producer module whose weight is computed cannot be operated on; "" for any other module."""
+    found = _computed(module)
+    return found if isinstance(found, str) else ""
+
+
+def _computed(module: nn.Module) -> Computed | str | None:
+    if not is_producer(module) or not has_computed_weight(module):
+        return None
+    product = product_of_module(module)
+    if isinstance(product, str):
+        return product
+    axes = product.axes
+    return computed_of(module, axes.axes[0] if len(axes.axes) == 1 and axes.groups == 1 else None)
 
 
 def product_of_module(module: nn.Module) -> Product | str:
@@ -84,9 +121,6 @@ def product_of_module(module: nn.Module) -> Product | str:
     label = original_class(module).__name__
     if "forward" in vars(module):
         return f"its forward was replaced on the instance ({label})"
-    for name in ("weight", "bias"):
-        if name not in module._parameters:
-            return f"its {name} is computed (a parametrization, weight norm, spectral norm or pruning)"
     if may_change_output(module):
         return "a forward hook on it may change its output"
     kind = _kind_of(module)
@@ -146,27 +180,60 @@ _FOREIGN: dict[str, Callable[[Any], Product | str]] = {
 def _call(node: fx.Node, scope: nn.Module, received: Any, weight: Any, bias: Any) -> Multiplication | None:
     """A product of an input with a parameter, of a kind yet to be found; with any other weight it is none of ours."""
     parameter = _parameter(weight, scope)
-    if parameter is None or not isinstance(received, fx.Node):
+    if not isinstance(received, fx.Node):
         return None
     found = _parameter(bias, scope)
-    problem = "its bias is computed" if bias is not None and found is None else ""
-    return Multiplication(str(weight.target), received, parameter, found, problem)
+    if parameter is None or (bias is not None and found is None):
+        return _computed_call(received, weight, bias, scope, parameter)
+    return Multiplication(str(weight.target), received, parameter, found, "")
 
 
-def _with(call: Multiplication | None, product: Product | str) -> Multiplication | None:
+def _computed_call(
+    received: fx.Node, weight: Any, bias: Any, scope: nn.Module, parameter: nn.Parameter | None
+) -> Multiplication | None:
+    """A product with a weight or a bias that the graph computes, for now under a parameter of the weight's shape."""
+    parts = parts_of(weight, bias, scope)
+    if parts is None:
+        if parameter is None:
+            return None
+        return Multiplication(str(weight.target), received, parameter, None, "its bias is computed")
+    pairs = zip(parts.sources, parts.values, parts.is_trained, strict=True)
+    alike = [(node, value) for node, value, is_trained in pairs if is_trained and value.shape == parts.shape]
+    if not alike:
+        return None
+    node, value = alike[0]
+    return Multiplication(str(node.target), received, value, None, "", parts=parts)
+
+
+def _with(call: Multiplication | None, product: Product | str, scope: nn.Module) -> Multiplication | None:
     """The call with its kind of product, unless something is amiss already."""
     if call is None or call.product:
         return call
+    if call.parts is not None and not isinstance(product, str):
+        return _with_parts(call, call.parts, product, scope)
     if isinstance(product, str) or call.bias is None:
         return replace(call, product=product)
-    if shape_of(product, call.weight).axes_of(call.bias) is None:
+    is_vector = isinstance(product, Convolution)  # to which torch gives the units' axis itself
+    if not is_vector and shape_of(product, call.weight).axes_of(call.bias) is None:
         product = "its bias is not one number per unit"
     return replace(call, product=product)
 
 
+def _with_parts(call: Multiplication, parts: Parts, product: Product, scope: nn.Module) -> Multiplication:
+    """The call with the recipe by which the graph computes its weight, or with the reason why there is none."""
+    axes = product.axes
+    computed = computed_by(parts, axes.axes[0] if len(axes.axes) == 1 and axes.groups == 1 else None, scope)
+    if isinstance(computed, str):
+        return replace(call, product=computed)
+    producer = next(source.path for source in computed.recipe.sources if source.name == FIRST_NAMES[0])
+    return replace(
+        call, producer=producer, weight=computed.weight, bias=computed.bias, product=product, computed=computed
+    )
+
+
 def _linear_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
     given = _named(node, ("input", "weight", "bias"))
-    return _with(_call(node, scope, given.get("input"), given.get("weight"), given.get("bias")), Linear())
+    return _with(_call(node, scope, given.get("input"), given.get("weight"), given.get("bias")), Linear(), scope)
 
 
 def _convolution_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
@@ -177,7 +244,7 @@ def _convolution_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
     call = _call(node, scope, given.get("input"), given.get("weight"), given.get("bias"))
     names = ("stride", "padding", "dilation", "groups", "output_padding")
     if call is None or any(isinstance(item, fx.Node) for name in names for item in _items(given.get(name))):
-        return call and _with(call, "its stride, padding or dilation is computed")
+        return call and _with(call, "its stride, padding or dilation is computed", scope)
     dims, groups = int(kind[-2]), given.get("groups", 1)
     num_units = call.weight.shape[1] * groups if transposed else call.weight.shape[0]
     padding = given.get("padding", 0)
@@ -191,7 +258,7 @@ def _convolution_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
         transposed=transposed,
         output_padding=_spread(given.get("output_padding", 0), dims) if transposed else (),
     )
-    return _with(call, product)
+    return _with(call, product, scope)
 
 
 def _matmul_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
@@ -199,14 +266,14 @@ def _matmul_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
     given = _named(node, ("input", "other"))
     x, weight = given.get("input"), given.get("other", given.get("mat2", given.get("tensor2")))
     if call := _call(node, scope, x, weight, None):
-        return _with(call, _product_with(call.weight))
+        return _with(call, _product_with(call.weight), scope)
     call = _call(node, scope, weight, x, None)
     if call is None:
         return None
     if canonical_name(node) == "matmul":
-        return _with(call, "its weight multiplies from the left, by an input whose number of axes is not known")
+        return _with(call, "its weight multiplies from the left, by an input whose number of axes is not known", scope)
     letters = ("ib", "oi", "ob") if call.weight.dim() == 2 else ("eib", "eoi", "eob")
-    return _with(call, _contraction(f"{letters[0]},{letters[1]}->{letters[2]}", call.weight))
+    return _with(call, _contraction(f"{letters[0]},{letters[1]}->{letters[2]}", call.weight), scope)
 
 
 def _addmm_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
@@ -214,8 +281,8 @@ def _addmm_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
     x, weight = given.get("mat1", given.get("batch1")), given.get("mat2", given.get("batch2"))
     call = _call(node, scope, x, weight, given.get("input"))
     if call is not None and (given.get("beta", 1) != 1 or given.get("alpha", 1) != 1):
-        return _with(call, "its product is scaled (alpha, beta)")
-    return call and _with(call, _product_with(call.weight))
+        return _with(call, "its product is scaled (alpha, beta)", scope)
+    return call and _with(call, _product_with(call.weight), scope)
 
 
 def _product_with(weight: Tensor) -> Product | str:
@@ -237,11 +304,11 @@ def _einsum_call(node: fx.Node, scope: nn.Module) -> Multiplication | None:
         return None
     pattern = _letters(texts[0]) if isinstance(node.args[-1], str) else texts[0].replace(" ", "")
     if call := _call(node, scope, operands[0], operands[1], None):
-        return _with(call, _contraction(pattern, call.weight))
+        return _with(call, _contraction(pattern, call.weight), scope)
     call = _call(node, scope, operands[1], operands[0], None)
     left, _, right = pattern.partition(",")
     second, arrow, result = right.partition("->")
-    return call and _with(call, _contraction(f"{second},{left}{arrow}{result}", call.weight))
+    return call and _with(call, _contraction(f"{second},{left}{arrow}{result}", call.weight), scope)
 
 
 def _letters(pattern: str) -> str:

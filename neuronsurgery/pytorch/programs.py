@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -23,9 +23,10 @@ from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.branching import branching
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple, numbers_of_starred
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
+from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fused import overrides
 from neuronsurgery.pytorch.insertion import Rewrite, insert_banks
-from neuronsurgery.pytorch.mirroring import Guard, original_class
+from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.scalars import Actual, Condition
 from neuronsurgery.pytorch.tracing import Trace, trace
 
@@ -41,6 +42,7 @@ class Program:
     methods: tuple[str, ...] = ()
     inline: frozenset[str] = frozenset()
     is_open: bool = False  # a Sequential inside another, which may end between a producer and its activation
+    present: frozenset[str] = frozenset()  # the children and parameters that there are, which a forward may ask
 
 
 def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
@@ -49,10 +51,21 @@ def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
     Raises:
         UntraceableError: the default call cannot be traced with these sites.
     """
+    if program.methods:
+        program = replace(program, present=frozenset(_present(instance, program.inline)))
     cls = generated_class(cast(Any, original_class(instance)), program)
     for entry in cls._neuronsurgery_entries.values():  # type: ignore[attr-defined]
         entry.prepare(instance)
     return cls
+
+
+def _present(instance: nn.Module, inline: frozenset[str]) -> Iterator[str]:
+    """What a scope and the children that its graphs take in have: instances that differ in it share no graph."""
+    for path in ("", *inline):
+        module = submodule(instance, path)
+        for name, value in (*module._modules.items(), *module._parameters.items(), *module._buffers.items()):
+            if value is not None and not isinstance(value, Composite):
+                yield f"{path}.{name}" if path else name
 
 
 @functools.cache
@@ -151,7 +164,7 @@ class Entry:
         numbers = numbers_of_starred(instance, self.method)
         kinds = [default_call(instance, self.method, c, n).description for c in (False, True) for n in numbers]
         if all(self.find(instance, kind, None) is None for kind in kinds):
-            for traced in default_traces(instance, self.method, self.program.inline):
+            for traced in default_traces(instance, self.method, self.program.inline, runs_hooks=True):
                 self.add(instance, traced)
 
     def find(self, instance: nn.Module, description: Any, leaves: list[Any] | None) -> Graph | None:
@@ -165,8 +178,8 @@ class Entry:
 
     def trace(self, instance: nn.Module, call: Call, leaves: list[Any]) -> Graph:
         """Trace the original function for a new kind of call, or for new sizes and numbers."""
-        known = Actual(leaves)
-        return self.add(instance, trace(instance, self.method, call, inline=self.program.inline, known=known))
+        inline, known = self.program.inline, Actual(leaves)
+        return self.add(instance, trace(instance, self.method, call, inline=inline, known=known, runs_hooks=True))
 
     def add(self, instance: nn.Module, traced: Trace) -> Graph:
         """Put the banks into a traced graph and keep it."""

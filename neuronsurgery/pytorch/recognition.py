@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
-from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, Reshape, UnitFunction
+from neuronsurgery.pytorch.hooks import is_hook_call
+from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Move, Norm, Reshape, SyncBatchNorm, UnitFunction
 from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.unit_axes import UnitAxes
@@ -138,6 +139,7 @@ def link_of_module(module: nn.Module, shape: UnitShape) -> tuple[Link, tuple[Own
 _DROPOUTS = {kind.forward for kind in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 _BATCH_NORMS = {
     nn.BatchNorm1d.forward: False,
+    nn.SyncBatchNorm.forward: False,
     nn.InstanceNorm1d.forward: True,
 }
 _NORMS: dict[Any, tuple[str, str]] = {
@@ -157,7 +159,8 @@ def _batch_norm(module: Any, shape: UnitShape) -> tuple[Link, tuple[OwnTensor, .
     tensors = {**module._parameters, **module._buffers}
     labels = [n for n in ("weight", "bias", "running_mean", "running_var") if tensors.get(n) is not None]
     own = tuple(OwnTensor(name, name, tensors[name], UnitAxes()) for name in labels)
-    return BatchNorm(label, tuple(labels), module.eps, is_instance), own
+    is_synced = original_class(module).forward is nn.SyncBatchNorm.forward
+    return (SyncBatchNorm if is_synced else BatchNorm)(label, tuple(labels), module.eps, is_instance), own
 
 
 def _norm(
@@ -187,6 +190,8 @@ def function_of_module(module: nn.Module, shape: UnitShape | None = None) -> Uni
     shape = UnitShape(None, ()) if shape is None else shape
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module"
+    if any(parameter.numel() > max(parameter.shape, default=1) for parameter in module.parameters()):
+        return f"{original_class(module).__name__} is not unit-wise"  # it holds matrices: no need to trace it
     likeness = _likeness(module)
     for guards, known in _KNOWN.get(likeness, ()):
         if all(guard.holds(module) for guard in guards):
@@ -452,7 +457,9 @@ def is_unitwise(node: fx.Node) -> bool:
 
 
 def is_metadata(node: fx.Node) -> bool:
-    """Whether a node asks a tensor for its shape, dtype or device only."""
+    """Whether a node asks a tensor for its shape, dtype or device only, or shows it to a hook that changes nothing."""
+    if is_hook_call(node):
+        return True
     if node.op not in ("call_function", "call_method") or canonical_name(node) not in METADATA:
         return False
     return not (

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.chains import chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.hooks import has_hooks
+from neuronsurgery.pytorch.hooks import forbids_inlining
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
-from neuronsurgery.pytorch.producers import is_producer
+from neuronsurgery.pytorch.producers import computed_weight_of, is_producer, why_not_computed
 from neuronsurgery.pytorch.reading import (
     CONTAINERS,
     Reading,
@@ -31,6 +31,7 @@ from neuronsurgery.pytorch.reading import (
     targets_of,
 )
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
+from neuronsurgery.pytorch.recognition import is_metadata
 from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
@@ -61,6 +62,7 @@ class Survey:
         for entry in self.uses:
             self.by_weight[id(entry[2].weight)].append(entry)
         self.owners = owners_of(model)
+        self.computed = self.find_computed()
         self.inlined = {id(submodule(r.scope, path)) for r in self.readings.values() for path in r.inline}
         self.tensor_reads = self.find_tensor_reads()
         self.reached = self.find_reached()
@@ -93,10 +95,20 @@ class Survey:
     def is_straddled(self, scope: nn.Module, node: fx.Node) -> bool:
         child = submodule(scope, str(node.target))
         inner = self.readings.get(id(child))
-        if inner is None or has_hooks(child) or len(node.users) != 1:
+        if inner is None or forbids_inlining(child) or len(node.users) != 1:
             return False
-        is_open = any(use.followed.is_open for _, t in inner.traces for use in self.uses_in(t, inner.scope))
-        return is_open and next(iter(node.users)).op != "output"
+        (reader,) = node.users
+        if reader.op == "output" or (reader.op == "call_module" and self.reads_often(scope, str(reader.target))):
+            return False
+        return any(use.followed.is_open for _, t in inner.traces for use in self.uses_in(t, inner.scope))
+
+    def reads_often(self, scope: nn.Module, path: str) -> bool:
+        """Whether a child with a forward of its own reads what it is given more than once, as a residual block does."""
+        inner = self.readings.get(id(submodule(scope, path)))
+        if inner is None or not inner.traces:
+            return False
+        inputs = [node for node in inner.traces[0][1].graph.nodes if node.op == "placeholder"]
+        return len([user for user in inputs[0].users if not is_metadata(user)]) > 1 if inputs else False
 
     def entered(self, reading: Reading) -> set[str]:
         """Children that a pre-activation of this scope enters, and that may hold its activation function.
@@ -108,7 +120,7 @@ class Survey:
         return {
             path
             for path, child in children.items()
-            if id(child) in self.readings and not has_hooks(child)
+            if id(child) in self.readings and not forbids_inlining(child) and not self.reads_often(reading.scope, path)
             if is_sequential(child) or not reading.is_sequential
         }
 
@@ -133,6 +145,18 @@ class Survey:
             if (owner is not scope) if found is None else found.is_call:
                 return label
         return None
+
+    def find_computed(self) -> dict[int, nn.Parameter]:
+        """By the id of each producer module with a computed weight the first parameter of it, which the module owns."""
+        found: dict[int, nn.Parameter] = {}
+        for _, module in modules_of(self.model):
+            computed = computed_weight_of(module)
+            if computed is not None:
+                found[id(module)] = computed.weight
+        for key in {id(weight) for weight in found.values()}:
+            modules = (module for _, module in modules_of(self.model) if id(found.get(id(module))) == key)
+            self.owners[key] = [(module, "weight") for module in modules]
+        return found
 
     def find_tensor_reads(self) -> dict[int, list[tuple[Reading, fx.Node]]]:
         """Where traced functions read a tensor directly, by its id."""
@@ -178,9 +202,9 @@ class Survey:
         needed = {
             id(scope): frozenset(
                 path
-                for path in reading.inline
                 for place, home in homes[id(scope)]
-                if _is_at_or_in(path, home) and not any(other.scope is submodule(scope, path) for other in place.homes)
+                for path in _around(home) & reading.inline
+                if not any(other.scope is submodule(scope, path) for other in place.homes)
             )
             for scope, reading in ((r.scope, r) for r in self.readings.values())
         }
@@ -189,7 +213,7 @@ class Survey:
             spare = home.inline - needed[id(home.scope)]
             if is_sequential(home.scope) and any(_is_within(other, home) for other in place.homes):
                 return None
-            if any(_is_at_or_in(path, home) for path in spare):
+            if not _around(home).isdisjoint(spare):
                 return None
             return replace(home, inline=home.inline - spare)
 
@@ -204,7 +228,7 @@ class Survey:
         """Every weight that could be a site's, by the name of its producer: the module's, or the parameter's."""
         seen: set[int] = set()
         for name, module in modules_of(self.model):
-            weight = module._parameters.get("weight")
+            weight = module._parameters.get("weight", self.computed.get(id(module)))
             if is_producer(module) and weight is not None and id(weight) not in seen:
                 seen.add(id(weight))
                 yield name, weight
@@ -271,13 +295,19 @@ class Survey:
 
     def other_role(self, weight: nn.Parameter, owners: list[tuple[nn.Module, str]]) -> str:
         """A weight that is read otherwise too, as a tied decoder does, is no row-wise thing."""
-        own = {id(use.node) for _, _, use in self.by_weight[id(weight)]}
+        own = {id(node) for _, _, use in self.by_weight[id(weight)] for node in use.producing}
         for owner, attribute in owners:
             produces = is_producer(owner)
             if attribute != "weight" and produces:
                 return f"its weight is also the {attribute} of '{self.names[id(owner)]}'"
             if not produces and is_torch(owner) and not isinstance(owner, CONTAINERS):
                 return f"its weight is also read by '{self.names[id(owner)]}', a {original_class(owner).__name__}"
+        for reading, _, use in self.by_weight[id(weight)]:
+            nodes = () if use.call.computed is None else use.call.computed.nodes
+            if weighty := _beyond_metadata([user for node in nodes for user in node.users if id(user) not in own]):
+                return (
+                    f"the weight computed of it is also read by '{weighty}' in {original_class(reading.scope).__name__}"
+                )
         for reading, node in self.tensor_reads.get(id(weight), ()):
             users = [user for user in node.users if id(user) not in own or _times_read(user, node) > 1]
             if weighty := _beyond_metadata(users):
@@ -287,7 +317,7 @@ class Survey:
     def is_own(self, weight: nn.Parameter, tensor: Tensor, owner: nn.Module) -> bool:
         """Whether nothing but the site of a weight reads a tensor: its bias, or one that its path passes."""
         uses = [use for _, _, use in self.by_weight[id(weight)]]
-        nodes = {id(node) for use in uses for node in (use.node, *(n for link in use.links for n in link.nodes))}
+        nodes = {id(node) for use in uses for node in (*use.producing, *(n for link in use.links for n in link.nodes))}
         producers = {id(module) for module, _ in self.owners[id(weight)]}
         holders = {id(module) for module, _ in self.owners[id(tensor)]} - producers
         if not holders <= {id(owner)}:
@@ -340,9 +370,15 @@ class Survey:
                 )
         return ""
 
+    def is_functional(self, name: str) -> bool:
+        """Whether a producer's name is a parameter's, which a function multiplies with."""
+        owner, _, attribute = name.rpartition(".")
+        return attribute in submodule(self.model, owner)._parameters
+
     def others(self, known: set[str]) -> dict[str, str]:
         """Producers of kinds that are never sites."""
         declined: dict[str, str] = {}
+        known = known | {name.rpartition(".")[0] for name in known if self.is_functional(name)}
         for name, module in self.model.named_modules():
             if name in known or any(ancestor in declined for ancestor in _ancestors(name)):
                 continue
@@ -379,11 +415,18 @@ def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
         assert use.path is not None and first.path is not None
         if use.product != first.product or use.path.links != first.path.links:
             return f"it passes another activation function in {place}"
+        if _sources(use) and _sources(first) and not _sources(use).items() >= _sources(first).items():
+            return f"its weight is computed from other parameters in {place}"
         if any(a.tensor is not b.tensor for a, b in zip(use.own, first.own, strict=True)):
             return f"it passes an activation function with other parameters in {place}"
         if reading.is_sequential and first_reading.is_sequential and use.path != first.path:
             return f"it passes another activation function in {place}"
     return ""
+
+
+def _sources(use: Use) -> dict[str, int]:
+    """The parameters that a computed weight comes from beside the first, by the names of their buffers."""
+    return {} if use.call.computed is None else {source.name: id(t) for source, t, *_ in use.call.computed.extras}
 
 
 def _times_read(user: fx.Node, node: fx.Node) -> int:
@@ -400,9 +443,10 @@ def _beyond_metadata(users: list[fx.Node]) -> str:
     return ""
 
 
-def _is_at_or_in(path: str, home: Home) -> bool:
-    """Whether a part of a home's site is in the forward of an inlined child, or below it."""
-    return any(f"{part}.".startswith(f"{path}.") for part in home.origins)
+def _around(home: Home) -> set[str]:
+    """The inlined children in whose forward a part of a home's site is, and those around them."""
+    found = set(home.origins) - {""}
+    return found | {".".join(part.split(".")[:depth]) for part in found for depth in range(1, part.count(".") + 1)}
 
 
 def _is_within(inner: Home, outer: Home) -> bool:
@@ -440,8 +484,8 @@ def _never_a_site(module: nn.Module) -> str:
         return "scripted"
     if "quantized" in original_class(module).__module__:
         return f"quantized ({label})"
-    if is_producer(module) and "weight" not in module._parameters:
-        return "its weight is computed (a parametrization, weight norm, spectral norm or pruning)"
+    if reason := why_not_computed(module):
+        return reason
     if isinstance(module, MIXING_MODULES) and not is_producer(module):
         return f"a producer of type {label} is not supported yet"
     return ""

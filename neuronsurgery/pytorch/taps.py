@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Sink", "is_observed", "listening", "offset_of", "tap"]
+__all__ = ["Sink", "is_observed", "listening", "observed_weight", "offset_of", "tap", "tap_producer"]
 
 
 class Sink(Protocol):
@@ -35,15 +35,31 @@ def tap(weight: nn.Parameter, h: Tensor) -> Tensor:
     return h
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def tap_producer(producer: nn.Module, h: Tensor) -> Tensor:
+    """As `tap`, for the site of a producer module."""
+    weight = observed_weight(producer)
+    return h if weight is None else tap(weight, h)
+
+
 def is_observed(weight: nn.Parameter) -> bool:
     """Whether anyone listens to the site with this weight."""
     return id(weight) in _SINKS
 
 
-def offset_of(weight: nn.Parameter) -> int:
+def offset_of(weight: nn.Parameter | None) -> int:
     """How many links the site of this weight has if it is being observed; 0 for any other."""
     sinks = _SINKS.get(id(weight)) if _SINKS else None
     return sinks[0].offset if sinks else 0
+
+
+def observed_weight(module: nn.Module) -> nn.Parameter | None:
+    """The weight by which a producer is observed: its own, or the first that its weight is computed from."""
+    if not _SINKS:
+        return None
+    weight = module._parameters.get("weight")
+    found = module.parameters() if weight is None else (weight,)
+    return next((parameter for parameter in found if id(parameter) in _SINKS), None)
 
 
 @contextmanager

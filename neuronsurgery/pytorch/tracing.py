@@ -32,6 +32,7 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.ambient import ambient_untouched
 from neuronsurgery.pytorch.calls import Call, Description, contents_of, is_namedtuple, maker, unbind
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import run_hooks, run_pre_hooks
 from neuronsurgery.pytorch.mirroring import (
     Guard,
     Impurity,
@@ -45,7 +46,7 @@ from neuronsurgery.pytorch.mirroring import (
     submodule,
     unswallowed,
 )
-from neuronsurgery.pytorch.opaque import einops_recorded
+from neuronsurgery.pytorch.opaque import einops_recorded, is_imported
 from neuronsurgery.pytorch.outside import Outside
 from neuronsurgery.pytorch.questions import MOST_OUTCOMES, Questions, compares_by_identity, is_fact, own_tensors
 from neuronsurgery.pytorch.scalars import Actual, Condition, Known, Scalars, packed, packed_method
@@ -92,11 +93,13 @@ def trace(
     inline: frozenset[str] = frozenset(),
     training: bool | None = None,
     known: Known | None = None,
+    runs_hooks: bool = False,
 ) -> Trace:
     """The graph of `type(module).method` for one kind of call, its children opaque but for those named in `inline`.
 
     `training` is the mode to trace in, None for the module's own. `known` says where the values of sizes and numbers
-    come from that decide what is computed; without it, nothing may depend on them.
+    come from that decide what is computed; without it, nothing may depend on them. `runs_hooks` adds calls of the
+    hooks that inlined children have, for a graph that will run.
 
     Raises:
         UntraceableError: the function cannot be read soundly; the error carries reason, file and line.
@@ -106,7 +109,12 @@ def trace(
     pending: list[tuple[bool, ...]] = [()]
     while pending:
         prescribed = pending.pop(0)
-        questions, outcome = _outcome(module, method, call, inline, training, known, prescribed)
+
+        def tracer_with(places: frozenset[Any], answers: tuple[bool, ...] = prescribed) -> Tracer:
+            scalars = Scalars(module, known, places)
+            return Tracer(module, inline, training, scalars, questions=Questions(answers), runs_hooks=runs_hooks)
+
+        questions, outcome = _outcome(tracer_with, method, call)
         if isinstance(outcome, Trace):
             found.append(outcome)
         elif isinstance(known, Actual) or is_raised_by_forward(outcome):  # a call may never come to that branch
@@ -153,24 +161,19 @@ def is_raised_by_forward(error: UntraceableError) -> bool:
 
 
 def _outcome(
-    module: nn.Module,
-    method: str,
-    call: Call,
-    inline: frozenset[str],
-    training: bool | None,
-    known: Known | None,
-    answers: tuple[bool, ...],
+    tracer_with: Callable[[frozenset[Any]], Tracer], method: str, call: Call
 ) -> tuple[Questions, Trace | UntraceableError]:
-    """The trace in which the first questions have these answers, or why there is none; and the questions."""
+    """The trace for some answers, or why there is none, and the questions; `tracer_with` takes places of integers."""
     places: frozenset[Any] = frozenset()
     while True:
-        tracer = Tracer(module, inline, training, Scalars(module, known, places))
-        tracer.questions = Questions(answers)
+        has_einops = is_imported()
+        tracer = tracer_with(places)
         try:
             return tracer.questions, _traced(tracer, method, call)
         except UntraceableError as error:
             new = frozenset(tracer.scalars.refused[-1:]) - places
-            if known is None or not new or not isinstance(error.__cause__, TypeError):
+            needs_integer = tracer.scalars.known is not None and new and isinstance(error.__cause__, TypeError)
+            if not needs_integer and has_einops == is_imported():
                 return tracer.questions, error
             places |= new
 
@@ -216,7 +219,8 @@ def _sizes_packed() -> Iterator[None]:
         for name, function in functions.items():
             setattr(torch, name, function)
         for name in _SIZED_METHODS:
-            delattr(Tensor, name)
+            if name in vars(Tensor):  # else an interrupt came first
+                delattr(Tensor, name)
 
 
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
@@ -265,14 +269,23 @@ _LIBRARIES = ("torch", "numpy", "einops")
 class Tracer(GraphAppendingTracer):
     """Records a forward run on a mirror; torch.fx's own Tracer patches nn.Module for the whole process."""
 
-    def __init__(self, module: nn.Module, inline: frozenset[str], training: bool | None, scalars: Scalars) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inline: frozenset[str],
+        training: bool | None,
+        scalars: Scalars,
+        *,
+        questions: Questions,
+        runs_hooks: bool,
+    ) -> None:
         super().__init__(fx.Graph())
         self.module, self.inline, self.scalars = module, inline, scalars
         self.inlined: list[str] = []
         self.mirror, self.mirrors = mirror_of(module, self, training)
         self.reads = Reads(self.mirrors)
         self.known_tensors: set[fx.Node] = set()
-        self.questions = Questions()
+        self.questions, self.runs_hooks = questions, runs_hooks
         self.made: list[tuple[str, Any, tuple[tuple[str, Any], ...], Any]] = []  # dataclasses among the arguments
         self.registered: dict[int, tuple[Tensor, str]] = {}
         for name, tensor in _registered_tensors(module):
@@ -298,7 +311,9 @@ class Tracer(GraphAppendingTracer):
         return self.reads.take(path_of(module), (("attribute", name),), value)
 
     def read_children(self, module: Mirror) -> None:
-        self.reads.note(path_of(module), (("children", None),), child_names(module))  # type: ignore[arg-type]
+        path, steps = path_of(module), (("children", None),)
+        if (path, steps) not in self.reads.guards:  # a loop over indices asks at each of them
+            self.reads.note(path, steps, child_names(module))  # type: ignore[arg-type]
 
     def call_module(self, module: Mirror, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = path_of(module)
@@ -306,9 +321,20 @@ class Tracer(GraphAppendingTracer):
             raise Impurity("calls itself")
         if path in self.inline:
             with self.inside(path):
-                return module.forward(*args, **kwargs)
+                return self.inlined_call(module, path, args, kwargs)
         self.reads.check_unchanged(self.mirrored(submodule(self.module, path)))  # no functional_call at work
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def inlined_call(self, module: Mirror, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A child as part of this graph, its hooks around it as `nn.Module.__call__` runs them."""
+        if self.runs_hooks:
+            child = self.create_node("get_attr", path, (), {})
+            received = child, self.create_arg(args), self.create_arg(kwargs)
+            self.create_node("call_function", run_pre_hooks, received, {})
+        result = module.forward(*args, **kwargs)
+        if self.runs_hooks:
+            self.create_node("call_function", run_hooks, (*received, self.create_arg(result)), {})
+        return result
 
     @contextlib.contextmanager
     def inside(self, path: str) -> Iterator[None]:
@@ -440,7 +466,7 @@ class Tracer(GraphAppendingTracer):
         raise Impurity("control flow on tensor values or shapes (a tensor or a size decides a branch)")
 
     def answer(self, fact: fx.Node) -> bool:
-        """Whether something is so of dtypes, devices or shapes: of the module's own tensors a guard, else a question."""
+        """Whether something is so of dtypes, devices or shapes: a guard for own tensors, a question for all others."""
         own = own_tensors(fact)
         if own is None:
             return self.questions.answer(fact)

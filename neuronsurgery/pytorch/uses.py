@@ -75,6 +75,12 @@ class Use:
         return tuple(each for link in self.links for each in link.own)
 
     @property
+    def producing(self) -> tuple[fx.Node, ...]:
+        """The node of the product, and those that compute its weight."""
+        computed = self.call.computed
+        return (self.node,) if computed is None else (self.node, *computed.nodes, *computed.inner)
+
+    @property
     def is_module(self) -> bool:
         """Whether the producer is called as a module; else it is a function on a parameter."""
         return self.node.op == "call_module"

@@ -431,18 +431,18 @@ def test_a_verify_batch_that_the_model_refuses_shows_the_models_own_error(found)
 
 def test_an_output_that_moves_is_rolled_back_with_the_measured_error(monkeypatch):
     found = subject()
-    assemble: Callable[..., Tensor] = Composite.assemble
+    summed: Callable[..., Tensor] = Composite.summed
     found.model.eval()
     before = snapshot(found.model, found.optimizers)
 
     def spoilt_on_five(self: Composite, h: Tensor, *rest: Any) -> Tensor:
-        return assemble(self, h, *rest) * (1.01 if len(h) == 5 else 1.0)
+        return summed(self, h, *rest) * (1.01 if len(h) == 5 else 1.0)
 
-    monkeypatch.setattr(Composite, "assemble", spoilt_on_five)
+    monkeypatch.setattr(Composite, "summed", spoilt_on_five)
     with refused(surgery.EquivalenceError, "verify= batch moved by", "at most 2e-06", "rolled back", "sites="):
         surgery.knife(found.model, ONE, optimizer=found.optimizers, verify=torch.ones(5, 4))
     assert_untouched(before, found.model, found.optimizers)
-    monkeypatch.setattr(Composite, "assemble", lambda self, h, *rest: assemble(self, h, *rest) * 1.01)
+    monkeypatch.setattr(Composite, "summed", lambda self, h, *rest: summed(self, h, *rest) * 1.01)
     with refused(
         surgery.EquivalenceError, "0: the composite units differ from the old units by", "Nothing was changed"
     ):

@@ -182,7 +182,8 @@ def test_every_call_of_an_unrolled_loop_gets_the_bank():
     x, bank = torch.randn(3, 5, 4), model.fc.composite
     h = torch.zeros(3, 6)
     for t in range(5):
-        h = bank.combine(F.relu(model.fc(x[:, t])), bank(x[:, t])) + 0.5 * torch.tanh(model.back(h))
+        rows = bank.passed(0, bank.path.links[0], bank(x[:, t]))
+        h = bank.assemble(F.relu(model.fc(x[:, t])), rows) + 0.5 * torch.tanh(model.back(h))
     assert torch.allclose(model(x), model.out(h), atol=1e-6)
     model(x).sum().backward()
     assert (model.fc.weight.grad[:3] != 0).any()
@@ -313,6 +314,12 @@ class ReadOtherwiseAlone(Cell):
         return self.out(F.relu(z) + z if x.shape[1] == 1 else F.relu(z))
 
 
+class ReadOtherwiseFromThreeOn(Cell):
+    def forward(self, x):
+        z = self.fc(x)
+        return self.out(F.relu(z) + z if x.shape[1] > 2 else F.relu(z))
+
+
 class ImpureForThree(Cell):
     def forward(self, x):
         if x.shape[1] == 3 and x.sum() > 0:
@@ -327,6 +334,7 @@ class ImpureForThree(Cell):
         (Resized, "control flow on tensor values or shapes"),
         (ReadOtherwiseWithFourAxes, "its pre-activation is read 2 times"),
         (ReadOtherwiseAlone, "its pre-activation is read 2 times"),
+        (ReadOtherwiseFromThreeOn, "its pre-activation is read 2 times"),
         (ImpureForThree, "control flow on tensor values"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

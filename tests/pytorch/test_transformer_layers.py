@@ -115,7 +115,7 @@ def test_the_feed_forward_units_of_every_layer_are_sites_and_the_rest_is_decline
     }
     attention = {name: reason for name, reason in found.declined.items() if "attn" in name}
     assert len(attention) == 8 and set(attention.values()) == {"fused attention"}
-    assert "'dropout' is random" in found.declined["decoder.layers.0.linear2"]
+    assert "the scope returns its output" in found.declined["decoder.layers.0.linear2"]
 
 
 class Gated(nn.Module):

@@ -317,11 +317,11 @@ def frozen_layer() -> nn.Module:
 
 
 class HookedStraddle(Straddle):
-    """As Straddle, with a user's hook on the child that holds the producer: it cannot be inlined."""
+    """As Straddle, with a backward hook on the child that holds the producer: it cannot be inlined."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body.register_forward_hook(_observe)
+        self.body.register_full_backward_hook(_observe)
 
 
 def _observe(module: nn.Module, args: Any, output: Any) -> None:
@@ -508,7 +508,6 @@ def mlp(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
 
 
 HEAD = "no activation function"
-ADDED = "another tensor enters at 'add'"
 
 ZOO = (
     Animal("mlp", mlp, rows(4), {"0": "relu", "2": "relu"}, {"4": HEAD}),
@@ -519,14 +518,14 @@ ZOO = (
         Dueling,
         rows(4),
         {"trunk": "relu", "value_hidden": "relu", "advantage_hidden": "leaky_relu"},
-        {"value_out": ADDED, "advantage_out": "read 2 times"},
+        {"value_out": HEAD, "advantage_out": "read 2 times"},
     ),
     Animal(
         "residual",
         Residual,
         rows(4),
         {"blocks.0.up": "silu", "blocks.1.up": "silu"},
-        {"blocks.0.down": ADDED, "blocks.1.down": ADDED, "head": HEAD},
+        {"blocks.0.down": HEAD, "blocks.1.down": HEAD, "head": HEAD},
     ),
     Animal("two modules, one Parameter", TwinParameters, rows(4, 4), {"left": "relu"}, {"out": HEAD}),
     Animal("one module called twice", Siamese, rows(4, 4), {"encoder": "elu"}, {"out": HEAD}),
@@ -550,15 +549,15 @@ ZOO = (
         "other convolutions",
         other_convolutions,
         images(2, 16),
-        {"0": "prelu"},
-        {"2": "grouped convolution (groups=2)", "4": "ConvTranspose1d is not supported"},
+        {"0": "prelu", "2": "relu", "4": "relu"},
+        {},
     ),
     Animal(
         "transformer MLP",
         TransformerMlp,
         lambda: (torch.randn(2, 3, 8),),
         {"mlp.0": "gelu"},
-        {"mlp.3": ADDED, "attention": "fused attention", "attention.out_proj": "fused attention"},
+        {"mlp.3": HEAD, "attention": "fused attention", "attention.out_proj": "fused attention"},
     ),
     Animal(
         "attended",
@@ -566,7 +565,7 @@ ZOO = (
         lambda: (torch.randn(2, 3, 8),),
         {"encoder.linear1": "relu"},
         {
-            "encoder.linear2": "'dropout' is random",
+            "encoder.linear2": HEAD,
             "encoder.self_attn": "fused attention",
             "encoder.self_attn.out_proj": "fused attention",
             "logits": "'softmax' couples units",
@@ -601,8 +600,8 @@ ZOO = (
         "computed weights",
         computed_weights,
         rows(4),
-        {},
-        {"0": "its weight is computed", "2": "its weight is computed", "4": "its weight is computed", "6": HEAD},
+        {"2": "relu", "4": "relu"},
+        {"0": "its weight is computed (spectral norm)", "6": HEAD},
     ),
     Animal("old spectral norm", old_norms, rows(4), {}, {"0": "its weight is computed", "2": HEAD}),
     Animal("frozen layer", frozen_layer, rows(4), {"2": "relu"}, {"0": "frozen", "4": HEAD}),
@@ -650,8 +649,8 @@ ZOO = (
         {
             "hyper_w_1.2": "used by QmixMixer.weights",
             "hyper_w_final.2": "used by QmixMixer.weights",
-            "hyper_b_1": HEAD,
-            "V.2": HEAD,
+            "hyper_b_1": "a product of two computed tensors",
+            "V.2": "a product of two computed tensors",
         },
     ),
     Animal(
@@ -659,7 +658,12 @@ ZOO = (
         lambda: QmixMixer(hyper_layers=1),
         lambda: (torch.randn(6, 3), torch.randn(6, 5)),
         {"V.0": "relu"},
-        {"hyper_w_1": "range-bearing", "hyper_w_final": "range-bearing", "hyper_b_1": HEAD, "V.2": HEAD},
+        {
+            "hyper_w_1": "range-bearing",
+            "hyper_w_final": "range-bearing",
+            "hyper_b_1": "a product of two computed tensors",
+            "V.2": "a product of two computed tensors",
+        },
     ),
 )
 
