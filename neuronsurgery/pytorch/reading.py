@@ -119,8 +119,12 @@ def targets_of(owner: nn.Module, reads: Sequence[Read]) -> Iterator[tuple[Read, 
     for read in reads:
         for target, rest in _follow(owner, read.chain):
             is_call = read.is_call and (not rest or rest == ("forward",))
-            if is_call or (not read.is_call and not rest):
+            is_part = isinstance(target, nn.Parameter) and all(name in _PARTS for name in rest)
+            if is_call or (not read.is_call and (not rest or is_part)):
                 yield Read(read.chain, read.is_call), target
+
+
+_PARTS = (None, "T", "mT")  # of a parameter: one of several stacked in it, or its transpose
 
 
 def _follow(value: Any, chain: tuple[str | None, ...]) -> Iterator[tuple[Any, tuple[str | None, ...]]]:
