@@ -131,6 +131,9 @@ def product_of_module(module: nn.Module) -> Product | str:
 
 
 def _linear(module: Any) -> Product | str:
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.dim() != 2:
+        return f"its weight has {weight.dim()} axes, as one stacked for torch.vmap has"
     return Linear()
 
 
