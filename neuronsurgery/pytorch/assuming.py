@@ -17,11 +17,13 @@ from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call, default_leaves, numbers_of_starred
 from neuronsurgery.pytorch.scalars import Assumed
 from neuronsurgery.pytorch.tracing import Trace, is_raised_by_forward, trace
+from neuronsurgery.pytorch.uses import find_uses
 
 __all__ = ["default_traces"]
 
 _SIZES = (2, 1, 3)
-_NUMBERS_OF_AXES = (2, 1, 3, 4, 5)
+_NUMBERS_OF_AXES = (2, 3, 4, 1, 5)
+_ENOUGH = 2  # numbers of axes to trace a forward with that holds no site: its verdict cannot change for the worse
 
 
 def default_traces(
@@ -93,11 +95,17 @@ def _in_both_modes(default: Default) -> list[Trace]:
     return [*found, *_for_all_sizes(replace(default, training=not default.module.training))]
 
 
+def _may_hold_a_site(traced: Trace, scope: nn.Module) -> bool:
+    return any(use.path is not None or use.followed.is_open for use in find_uses(traced.graph, scope))
+
+
 def _for_all_sizes(default: Default) -> list[Trace]:
     """The traces for several sizes, and for several numbers of axes where the forward asks for that."""
     found: list[Trace] = []
     failure: UntraceableError | None = None
+    agreeing = 0
     for num_axes in _NUMBERS_OF_AXES:
+        before = len(found)
         asked, sizes = False, _SIZES[:1] if found else _SIZES  # other numbers of axes with one size alone
         for size in sizes:
             known, outcome = default.assuming(size, num_axes, prefers_equal=size == _SIZES[0])
@@ -108,7 +116,8 @@ def _for_all_sizes(default: Default) -> list[Trace]:
                 failure = failure or outcome
             if isinstance(outcome, Trace) and not outcome.conditions:
                 break
-        if not asked:
+        agreeing += len(found) > before
+        if not asked or (agreeing >= _ENOUGH and not any(_may_hold_a_site(traced, default.module) for traced in found)):
             break
     if not found and failure is not None:
         raise failure
