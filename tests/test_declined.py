@@ -116,7 +116,7 @@ def test_a_reason_without_a_row_is_found() -> None:
         "    if name:\n"
         '        raise ValueError(f"no reason: {name}")\n'
         "    if words:\n"
-        '        raise Impurity(f"eats \'{name}\' whole")\n'
+        "        raise Impurity(f\"eats '{name}' whole\")\n"
         '    return "known to all" if name else "known to none"\n'
     )
     page = "| reason | meaning |\n|---|---|\n| `known to all`, `eats '...'` | `known to none` |\n"
