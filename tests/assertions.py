@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,12 @@ __all__ = [
     "assert_same_output",
     "assert_same_state",
     "assert_unchanged",
+    "Noise",
     "bank_tensors",
+    "gradient_errors",
     "outcome",
     "output_errors",
+    "rounding_noise",
     "state_of",
 ]
 
@@ -132,17 +136,56 @@ def output_errors(before: Outcome, after: Outcome) -> list[float]:
 
 
 def assert_same_gradient(before: Outcome, after: Outcome, tolerance: float) -> None:
-    """The gradient that reaches each input moved by at most `tolerance` of its scale before.
+    """The gradient that reaches each input moved by at most `tolerance` of its scale before."""
+    for index, error in enumerate(gradient_errors(before, after)):
+        assert error <= tolerance, f"the gradient of input {index} moved by {error:.3g}, at most {tolerance:.3g}"
+
+
+def gradient_errors(before: Outcome, after: Outcome) -> list[float]:
+    """By how much of its scale before the gradient that reaches each input moved.
 
     That is its largest magnitude, floored by 1: inputs and weights are of order one here, and a gradient that is
     small because its terms cancel, or because few units fire, is no failure.
     """
     assert len(before.gradients) == len(after.gradients)
+    errors = []
     for index, (old, new) in enumerate(zip(before.gradients, after.gradients, strict=True)):
         assert (old is None) == (new is None), f"input {index} received a gradient only once"
-        if old is not None and new is not None and not torch.equal(old, new):
-            error = largest(new.double() - old.double()) / max(largest(old), 1.0)
-            assert error <= tolerance, f"the gradient of input {index} moved by {error:.3g}, at most {tolerance:.3g}"
+        if old is None or new is None or torch.equal(old, new):
+            errors.append(0.0)
+        else:
+            errors.append(largest(new.double() - old.double()) / max(largest(old), 1.0))
+    return errors
+
+
+@dataclass(frozen=True)
+class Noise:
+    """By how much of their scales rounding may move a model's outputs, and the gradients that reach its inputs."""
+
+    output: float
+    gradient: float
+
+
+def rounding_noise(model: nn.Module, inputs: Sequence[Any], num_draws: int = 4) -> Noise:
+    """What moves when every weight and buffer of a model is rounded once more, each up or down at random.
+
+    In floating point a network computes what one with slightly other weights would compute exactly (backward error
+    analysis). Each member of a composite is rounded on its own, forward and backward, so each row is moved on its own
+    here: the result scales with the members and their gradients, not with the sum in which they cancel, and with what
+    a normalization or a kink makes of it.
+    """
+    before, output, gradient = outcome(model, inputs), 0.0, 0.0
+    for seed in range(num_draws):
+        moved, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for tensor in (*moved.parameters(), *moved.buffers()):
+                if tensor.is_floating_point():
+                    up = torch.randint(0, 2, tensor.shape, generator=generator) * 2.0 - 1
+                    tensor.mul_(1 + torch.finfo(tensor.dtype).eps * up.to(tensor))
+        after = outcome(moved, inputs)
+        output = max([output, *output_errors(before, after)])
+        gradient = max([gradient, *gradient_errors(before, after)])
+    return Noise(output, gradient)
 
 
 # -- state -----------------------------------------------------------------------------------------------------------

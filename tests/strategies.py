@@ -6,8 +6,8 @@ class and one strategy in `STYLES`; a new activation one entry of `SMOOTH`, `KIN
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.path_strategies import PATH_STYLES
+from tests.product_strategies import PRODUCT_STYLES
 from tests.strategy_parts import ACTIVATION_MODULES, FUNCTIONS, METHODS, Draw, activations, leading, per_unit, small
 
 __all__ = ["ACTIVATION_MODULES", "DTYPES", "STYLES", "Network", "networks", "unit_sets"]
@@ -26,13 +28,19 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A drawn model in the dtype and mode to use it in, with inputs and the names of its hidden producers."""
+    """A drawn model in the dtype and mode to use it in, with inputs and the names of its hidden producers.
+
+    `rows` stacks the units' weights where they are not rows already; `norms` are modules on the way from producer to
+    activation function, in order, each with its producer.
+    """
 
     style: str
     model: nn.Module
     inputs: tuple[Tensor, ...]
     hidden: tuple[str, ...]
     dtype: torch.dtype
+    rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         shapes = [tuple(x.shape) for x in self.inputs]
@@ -43,7 +51,12 @@ class Network:
     def widths(self) -> dict[str, int]:
         """How many units each hidden producer has."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        return {name: (parameters.get(f"{name}.weight", parameters.get(name))).shape[0] for name in self.hidden}  # type: ignore[union-attr]
+        return {name: len(self.rows_of(name, parameters)) for name in self.hidden}
+
+    def rows_of(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        """The weights of each unit of a hidden producer, (num_units, ...), in a state dict or the parameters."""
+        weight = state[f"{name}.weight" if f"{name}.weight" in state else name].detach()
+        return self.rows[name](weight) if name in self.rows else weight
 
 
 @st.composite
@@ -52,9 +65,28 @@ def networks(draw: Draw, dtypes: Sequence[torch.dtype] = DTYPES, styles: Sequenc
     style = draw(st.sampled_from(sorted(STYLES) if styles is None else list(styles)))
     dtype = draw(st.sampled_from(dtypes))
     torch.manual_seed(draw(st.integers(0, 2**20)))
-    model, shapes, hidden = draw(STYLES[style](jumping=dtype == torch.float64))
-    inputs = tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
-    return Network(style, model.to(dtype).train(draw(st.booleans())), inputs, tuple(hidden), dtype)
+    model, shapes, hidden, *more = draw(STYLES[style](jumping=dtype == torch.float64))
+    memory = draw(st.sampled_from(sorted(MEMORY)))
+    inputs = tuple(MEMORY[memory](torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes)
+    model = model.to(dtype).train(draw(st.booleans()))
+    if memory == "channels last" and all(p.dim() < 5 for p in model.parameters()):
+        model = model.to(memory_format=torch.channels_last)
+    return Network(style, model, inputs, tuple(hidden), dtype, **(more[0] if more else {}))
+
+
+def transposed_in_memory(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.Tensor.contiguous,
+    "transposed": transposed_in_memory,
+    "channels last": channels_last,
+}
 
 
 @st.composite
@@ -400,5 +432,7 @@ STYLES = {
         straddled,
         convolutional,
         filters,
+        *PATH_STYLES,
+        *PRODUCT_STYLES,
     )
 }

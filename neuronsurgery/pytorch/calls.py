@@ -26,6 +26,7 @@ __all__ = [
     "contents_of",
     "is_namedtuple",
     "maker",
+    "numbers_of_starred",
     "unbind",
 ]
 
@@ -40,25 +41,39 @@ class Call:
     description: Description
 
 
-def default_call(module: nn.Module, method: str = "forward", constant_numbers: bool = False) -> Call:
-    """The call with a tensor for each argument that has no default, and the defaults for the rest."""
-    return _default(module, method, constant_numbers)[0]
+def default_call(
+    module: nn.Module, method: str = "forward", constant_numbers: bool = False, num_starred: int = 1
+) -> Call:
+    """The call with a tensor for each argument that has no default, some for `*args`, and the defaults for the rest."""
+    return _default(module, method, constant_numbers, num_starred)[0]
 
 
-def default_leaves(module: nn.Module, method: str = "forward") -> tuple[Any, ...]:
+def default_leaves(module: nn.Module, method: str = "forward", num_starred: int = 1) -> tuple[Any, ...]:
     """The leaves of the default call: None for each tensor, which is unknown, and the numbers."""
-    return _default(module, method, constant_numbers=False)[1]
+    return _default(module, method, False, num_starred)[1]
 
 
-def _default(module: nn.Module, method: str, constant_numbers: bool) -> tuple[Call, tuple[Any, ...]]:
+def numbers_of_starred(module: nn.Module, method: str = "forward") -> tuple[int, ...]:
+    """How many tensors a default call may pass for `*args`: what most forwards take first; (1,) where there are none.
+
+    The others are for forwards that raise an error of their own for one, as a mixer of values and states does.
+    """
+    parameters = _parameters(getattr(original_class(module), method))
+    return (1, 2, 3, 0) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else (1,)
+
+
+def _default(module: nn.Module, method: str, constant_numbers: bool, num_starred: int) -> tuple[Call, tuple[Any, ...]]:
     names: list[str] = []
     parts: list[Description] = []
     leaves: list[Any] = []
     for parameter in _parameters(getattr(original_class(module), method))[1:]:
         if parameter.kind is parameter.VAR_KEYWORD:
             value: Description = ("dict", (), ())
-        elif parameter.kind is parameter.VAR_POSITIONAL or parameter.default is parameter.empty:
-            value = ("tensor",) if parameter.kind is not parameter.VAR_POSITIONAL else (tuple, (("tensor",),))
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            value = (tuple, (("tensor",),) * num_starred)
+            leaves += [None] * num_starred
+        elif parameter.default is parameter.empty:
+            value = ("tensor",)
             leaves.append(None)
         else:
             value = describe(parameter.default, leaves, constant_numbers)

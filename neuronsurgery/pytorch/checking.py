@@ -17,6 +17,7 @@ from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.links import Dropout, Link, Norm, UnitFunction
 from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.unitwise import along
 
 __all__ = ["Observed", "SameOutput", "check_composite", "observe_output", "tolerance"]
 
@@ -62,10 +63,12 @@ def _activations(
     """The activations of all units, on one axis, with these slots and this bank, in evaluation; and the rows' own."""
     _, _, *values = renewed
     weight, bias = _effective(place, renewed, computed)
-    x = place.product.example(weight, torch.Generator(weight.device).manual_seed(0), place.path.num_axes)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    axis = -1 if place.product.is_stacked else place.product.unit_axes[0]
+    num_axes = place.product.num_axes(place.path.num_axes(axis))
+    x = place.product.example(weight, generator, num_axes, place.path.sizes(num_axes))
     h = place.product(x, weight, bias, torch.arange(len(weight), device=weight.device))
     rows = h if bank is None else _rows(bank, x, computed)
-    axis = -1 if place.product.is_stacked else place.product.unit_axes[0]
     for index, link in enumerate(place.path.links):
         own = [value for value in values[place.path.span(index)] if value is not None]
         others = _others(link, index, h, place.product.is_stacked)
@@ -119,8 +122,10 @@ def _passed(
     slots, rows = before
     if isinstance(link, Norm):
         received = bank.entered(index, link, slots, rows)
-        result = link.slots(received, own, (), bank.axis(index, rows))
-        return bank.left(index, link, slots, rows, received, result, own)
+        axis = bank.axis(index, rows)
+        result = link.slots(received, own, (), axis)
+        as_in_module = [value if value.dim() == 1 else along(value, axis) for value in own]
+        return bank.left(index, link, slots, rows, received, result, as_in_module)
     return result, rows if isinstance(link, Dropout) else bank.passed(index, link, rows, others)
 
 

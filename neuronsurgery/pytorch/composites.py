@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
-from neuronsurgery.pytorch.links import Coupling, Link, Move, SyncBatchNorm, is_statistic
+from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.unitwise import Kind
 
@@ -57,11 +57,31 @@ class UnitPath:
         first = sum(len(link.tensors) for link in self.links[:index])
         return slice(first, first + len(self.links[index].tensors))
 
-    @property
-    def num_axes(self) -> int:
-        """How many axes a pre-activation must have to pass, at least."""
-        moves = [link for link in self.links if isinstance(link, Move)]
-        return max((link.num_axes for link in moves), default=2)
+    def num_axes(self, start: int) -> int:
+        """How many axes a pre-activation may have to pass, its units on `start`: the fewest with a batch axis."""
+        moves = [link.num_axes for link in self.links if isinstance(link, Move)]
+        least = max([2, -start, *moves, *(len(link.sizes) + 1 for link in self.links if isinstance(link, Norm))])
+        return next((n for n in range(least, least + 4) if self._is_on_one(start, n)), least)
+
+    def _is_on_one(self, start: int, num_axes: int) -> bool:
+        """Whether the units are on axis 1 wherever a norm takes them to be."""
+        return all(
+            self.axis(index, start, num_axes) == 1 - num_axes
+            for index, link in enumerate(self.links)
+            if isinstance(link, BatchNorm) or (isinstance(link, Norm) and link.name == "group_norm")
+        )
+
+    def sizes(self, num_axes: int) -> dict[int, int]:
+        """The sizes that a pre-activation of so many axes must have to pass, by axis counted from the end."""
+        places, found = list(range(-num_axes, 0)), dict[int, int]()
+        for link in self.links:
+            if isinstance(link, Norm):
+                last = places[-len(link.sizes) :] if link.sizes else []
+                found |= dict(zip(last, link.sizes, strict=True))
+            if isinstance(link, Move):
+                moved = {link.axis_after(axis, num_axes): place for axis, place in enumerate(places, -num_axes)}
+                places = [moved[axis] for axis in range(-num_axes, 0)]
+        return found
 
     def axis(self, index: int, start: int, num_axes: int) -> int:
         """Where the units are as a link is entered, counted from the end."""

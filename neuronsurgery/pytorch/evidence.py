@@ -3,6 +3,9 @@
 Row norms are read from parameters and their gradients, in a step hook where there is an optimizer (then they are
 accumulated, reduced and unscaled). Activations are observed through rewritten forwards for as long as a context is
 open, and only in passes that build a graph, so that rollouts and evaluations do not enter. No hook stays on the model.
+
+Of a weight that is computed from several parameters the first is measured, the direction of a weight norm or the mean
+of a noisy layer: the weight itself has no gradient that is kept.
 """
 
 from __future__ import annotations

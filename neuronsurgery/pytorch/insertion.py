@@ -25,7 +25,7 @@ from neuronsurgery.pytorch.links import (
     UnitFunction,
     is_coupling,
 )
-from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
+from neuronsurgery.pytorch.mirroring import Absent, Guard, Steps, original_class, submodule
 from neuronsurgery.pytorch.taps import tap, tap_producer
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.uses import Use, find_uses
@@ -67,16 +67,42 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
 
 
 def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
-    """The modules from producer to activation are of the class they were, with the settings they had."""
+    """The modules from producer to activation are of the class they were, with the settings and tensors they had."""
     for link_use in use.links:
+        for path in (*(each.path for each in link_use.own), *_read_directly(link_use)):
+            owner, _, name = path.rpartition(".")
+            yield _as_it_is(scope, owner, (("attribute", name), ("shape", None)))
         for path in link_use.modules:
             module = submodule(scope, path)
             yield Guard(path, (("class", None),), original_class(module))
             if isinstance(link_use.link, UnitFunction) and link_use.link.steps:
                 for guard in trace(module, "forward", default_call(module)).guards:
                     yield replace(guard, module=f"{path}.{guard.module}" if guard.module else path)
+            if isinstance(link_use.link, (Norm, BatchNorm)):
+                for name in _TENSORS:
+                    yield _as_it_is(scope, path, (("attribute", name), ("shape", None)))
             if isinstance(link_use.link, Norm):
-                yield Guard(path, (("attribute", "eps"),), link_use.link.eps)
+                for name in ("eps", "normalized_shape", "num_groups"):
+                    yield _as_it_is(scope, path, (("attribute", name),))
+
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+"""What a normalization may have or lack: instances of one class differ in it, and a link has its own for each."""
+
+
+def _read_directly(use: LinkUse) -> Iterator[str]:
+    """The tensors of the scope that a link reads without a value per unit: in another shape they may have one."""
+    live = use.link.live if isinstance(use.link, UnitFunction) else ()
+    yield from (f"{use.module}.{name}" for name in live)
+    yield from (str(other.target) for other in use.others if other.op == "get_attr")
+
+
+def _as_it_is(scope: nn.Module, path: str, steps: Steps) -> Guard:
+    """A guard that holds now."""
+    try:
+        return Guard(path, steps, Guard(path, steps, None).look(scope))
+    except AttributeError:
+        return Guard(path, steps, Absent.ABSENT)
 
 
 def _shape_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:

@@ -263,9 +263,10 @@ class BatchNorm:
             return self.slots(rows, values, others, axis)
         settings: Any = module
         uses_batch = settings.training or "running_mean" not in self.tensors
-        momentum = settings.momentum
-        if momentum is None:  # a cumulative average; the slots' own pass has counted this batch
-            momentum = 1.0 / float(settings.num_batches_tracked) if settings.training else 0.0
+        momentum, count = settings.momentum, settings.num_batches_tracked
+        if momentum is None:  # a cumulative average, but for instances; the slots' own pass has counted this batch
+            is_counted = settings.training and count is not None and not self.is_instance
+            momentum = 1.0 / float(count) if is_counted else 0.0
         return self._normalized(rows, values, uses_batch, momentum, settings.eps)
 
     def _normalized(self, z: Tensor, values: Sequence[Tensor], uses_batch: bool, momentum: float, eps: float) -> Tensor:
@@ -304,7 +305,7 @@ class Norm:
 
     def slots(self, z: Tensor, values: Sequence[Tensor], others: Sequence[Any], axis: int) -> Tensor:
         mean, scale = self._statistics(z, axis)
-        return self._normalized(z, mean, scale, values, axis)
+        return self._normalized(z, mean, scale, values, axis).to(z.dtype)
 
     def rows(
         self,
@@ -338,11 +339,11 @@ class Norm:
         mean, scale = self._statistics(received, axis)
         own = [value if value.dim() == 1 else value.movedim(axis, 0) for value in own]
         active = self._normalized(slots, mean, scale, own, axis).to(result.dtype)
-        is_operated = along(table.reference >= table.num_units, axis)
+        is_untouched = along(table.reference < table.num_units, axis)
         if self.name == "group_norm":
             mean, scale = mean.index_select(axis, table.units), scale.index_select(axis, table.units)
         passed = self._normalized(rows, mean, scale, values, axis).to(result.dtype)
-        return torch.where(is_operated, active, result), passed
+        return torch.where(is_untouched, result, active), passed  # laid out as the first: dropout draws in that order
 
     def _statistics(self, z: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         """Mean and reciprocal deviation, to broadcast; for groups one per unit, (batch, num_units, 1 ...)."""
@@ -355,12 +356,17 @@ class Norm:
         if self.name == "layer_norm":
             mean = z.mean(self._axes, keepdim=True)
             return mean, torch.rsqrt((z - mean).square().mean(self._axes, keepdim=True) + self.eps)
-        grouped = z.reshape(len(z), self.shape[0], -1)
+        grouped = z.reshape(len(z), self.shape[0], z.shape[1:].numel() // self.shape[0])  # an empty batch leaves no -1
         mean = grouped.mean(-1, keepdim=True)
         scale = torch.rsqrt((grouped - mean).square().mean(-1, keepdim=True) + self.eps)
         shape = (len(z), z.shape[1], *[1] * (z.dim() - 2))
         each = z.shape[1] // self.shape[0]
         return mean.repeat_interleave(each, 1).reshape(shape), scale.repeat_interleave(each, 1).reshape(shape)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How long the last axes must be."""
+        return () if self.name == "group_norm" else self.shape
 
     @property
     def _axes(self) -> tuple[int, ...]:

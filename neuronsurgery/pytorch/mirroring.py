@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import Composite
 
-__all__ = ["Guard", "Impurity", "Mirror", "mirror_of", "original_class", "unswallowed"]
+__all__ = ["Absent", "Guard", "Impurity", "Mirror", "Steps", "mirror_of", "original_class", "unswallowed"]
 
 Steps = tuple[tuple[str, Any], ...]
 
@@ -99,6 +99,8 @@ class Guard:
                 value = value is submodule(root, key)
             elif kind == "length":
                 value = len(value)
+            elif kind == "shape":
+                value = None if value is None else tuple(value.shape)
             else:
                 value = value[key] if kind == "item" else getattr(value, key)
         return value

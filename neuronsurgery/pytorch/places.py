@@ -84,7 +84,7 @@ class Place:
     """A site with everything that operating on it needs."""
 
     site: Site
-    weight: nn.Parameter
+    weight: nn.Parameter  # of a computed weight the first parameter that it is computed from
     product: Product
     path: UnitPath
     slots: tuple[Slots | None, ...]  # as `buffer_names`; None where there is no bias

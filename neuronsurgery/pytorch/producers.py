@@ -91,6 +91,8 @@ def _of_module(node: fx.Node, module: nn.Module) -> Multiplication | None:
     if not isinstance(product, str) and len(node.args) + len(node.kwargs) > 1:
         product = f"{original_class(module).__name__} is called with an output size of its own"
     bias = module._parameters.get("bias") if computed is None else computed.bias
+    if computed is None:
+        product = _with_bias(product, weight, bias)
     return Multiplication(str(node.target), received, weight, bias, product, computed)
 
 
@@ -129,6 +131,9 @@ def product_of_module(module: nn.Module) -> Product | str:
 
 
 def _linear(module: Any) -> Product | str:
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.dim() != 2:
+        return f"its weight has {weight.dim()} axes, as one stacked for torch.vmap has"
     return Linear()
 
 
@@ -211,12 +216,14 @@ def _with(call: Multiplication | None, product: Product | str, scope: nn.Module)
         return call
     if call.parts is not None and not isinstance(product, str):
         return _with_parts(call, call.parts, product, scope)
-    if isinstance(product, str) or call.bias is None:
-        return replace(call, product=product)
-    is_vector = isinstance(product, Convolution)  # to which torch gives the units' axis itself
-    if not is_vector and shape_of(product, call.weight).axes_of(call.bias) is None:
-        product = "its bias is not one number per unit"
-    return replace(call, product=product)
+    return replace(call, product=_with_bias(product, call.weight, call.bias))
+
+
+def _with_bias(product: Product | str, weight: Tensor, bias: Tensor | None) -> Product | str:
+    """The product, unless its bias has other than one number for each unit."""
+    if isinstance(product, (str, Convolution)) or bias is None:  # torch gives a convolution's bias its axis itself
+        return product
+    return product if shape_of(product, weight).axes_of(bias) else "its bias is not one number per unit"
 
 
 def _with_parts(call: Multiplication, parts: Parts, product: Product, scope: nn.Module) -> Multiplication:

@@ -8,7 +8,7 @@ expert) is told by its unit which part.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,14 @@ class Linear:
         """Pre-activations of the given rows, (num_rows, in), on the last axis."""
         return F.linear(x, weight, bias)
 
-    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
-        """A standard normal input to rows (num_units, in)."""
-        return _normal((64, *[5] * (num_axes - 2), weight.shape[1]), weight, generator)
+    def num_axes(self, least: int) -> int:
+        """How many axes an example has whose result has at least so many."""
+        return least
+
+    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int, sizes: Mapping[int, int]) -> Tensor:
+        """A standard normal input to rows (num_units, in); `sizes` are those that its result must have, by axis."""
+        between = [sizes.get(axis, 5) for axis in range(1 - num_axes, -1)]
+        return _normal((64, *between, weight.shape[1]), weight, generator)
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,34 @@ class Convolution:
         channels = first[:, None] + torch.arange(size, device=x.device)
         return x.index_select(axis, channels.reshape(-1))
 
-    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
-        """A standard normal input to rows (num_units, in / groups, *kernel), large enough for kernel and padding."""
+    def num_axes(self, least: int) -> int:
+        """How many axes an example has: those of a batch of inputs."""
+        return self.dims + 2
+
+    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int, sizes: Mapping[int, int]) -> Tensor:
+        """A standard normal input to rows (num_units, in / groups, *kernel), large enough for kernel and padding.
+
+        `sizes` are those that its result must have, by axis.
+        """
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
-        sizes = (size + 3 + max(self.wrapped_padding, default=0) for size in reach)
-        return _normal((8, weight.shape[1] * self.groups, *sizes), weight, generator)
+        space = [
+            self._size_for(axis, sizes[axis - self.dims], span)
+            if axis - self.dims in sizes
+            else span + 3 + max(self.wrapped_padding, default=0)
+            for axis, span in enumerate(reach)
+        ]
+        return _normal((8, weight.shape[1] * self.groups, *space), weight, generator)
+
+    def _size_for(self, axis: int, size: int, reach: int) -> int:
+        """The largest input along an axis of space whose output has this size."""
+        stride = self.stride[axis]
+        if isinstance(self.padding, str):
+            padding = reach - 1 if self.padding == "same" else 0
+        else:
+            padding = 2 * self.padding[axis]
+        if self.transposed:
+            return (size + padding - reach - self.output_padding[axis]) // stride + 1
+        return (size - 1) * stride + reach - padding + stride - 1
 
 
 @dataclass(frozen=True)
@@ -172,11 +200,16 @@ class Contraction:
                 places[letter] = torch.zeros_like(places[letter])
         return x.movedim(axes, tuple(range(len(axes))))[tuple(places[letter] for letter in shared)]
 
-    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
-        """A standard normal input to rows (num_units, *row_shape)."""
+    def num_axes(self, least: int) -> int:
+        """How many axes the result of an example has."""
+        return max(least, len(self.result))
+
+    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int, sizes: Mapping[int, int]) -> Tensor:
+        """A standard normal input to rows (num_units, *row_shape); `sizes` are those that its result must have."""
         row = [letter for letter in self.weight if letter not in self.letters]
         known = dict(zip(self.letters, self.sizes, strict=True)) | dict(zip(row, weight.shape[1:], strict=True))
-        return _normal([known.get(letter, 7) for letter in self.x], weight, generator)
+        known = {letter: sizes.get(axis, 7) for axis, letter in enumerate(self.result, -len(self.result))} | known
+        return _normal([known[letter] for letter in self.x], weight, generator)
 
 
 Product = Linear | Convolution | Contraction

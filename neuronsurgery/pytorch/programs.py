@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -19,7 +20,8 @@ from torch import fx, nn
 
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
-from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple
+from neuronsurgery.pytorch.branching import branching
+from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple, numbers_of_starred
 from neuronsurgery.pytorch.carrying import FORWARDS, Role
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fused import overrides
@@ -159,7 +161,8 @@ class Entry:
 
     def prepare(self, instance: nn.Module) -> None:
         """Trace the default call in both modes, so that the first real call is already fast and cannot fail."""
-        kinds = [default_call(instance, self.method, constant).description for constant in (False, True)]
+        numbers = numbers_of_starred(instance, self.method)
+        kinds = [default_call(instance, self.method, c, n).description for c in (False, True) for n in numbers]
         if all(self.find(instance, kind, None) is None for kind in kinds):
             for traced in default_traces(instance, self.method, self.program.inline, runs_hooks=True):
                 self.add(instance, traced)
@@ -180,8 +183,9 @@ class Entry:
 
     def add(self, instance: nn.Module, traced: Trace) -> Graph:
         """Put the banks into a traced graph and keep it."""
-        guards = (*traced.guards, *insert_banks(traced.graph, instance, self.program.rewrites))
-        run = compiled(traced.graph, f"{self.cls.__qualname__}.{self.method}")
+        found = (insert_banks(each.graph, instance, self.program.rewrites) for each in traced.outcomes)
+        guards = (*traced.guards, *itertools.chain(*found))
+        run = branching(traced, functools.partial(compiled, label=f"{self.cls.__qualname__}.{self.method}"))
         graph = Graph(guards, traced.conditions, run)
         graphs = self.graphs.setdefault(traced.call.description, [])
         graphs.append(graph)

@@ -78,17 +78,22 @@ def read(name: str, scope: nn.Module, inline: frozenset[str] = frozenset()) -> R
         return reading
     main = readable_method(scope)
     try:
-        reading.traces = [(main, traced) for traced in default_traces(scope, main, inline)]
+        reading.traces = _outcomes(scope, main, inline)
     except UntraceableError as error:
         reading.failure = error
         return reading
     for method, function in methods_of(scope):
         if _may_be_traced(scope, function):
             try:
-                reading.traces += [(method, traced) for traced in default_traces(scope, method, inline)]
+                reading.traces += _outcomes(scope, method, inline)
             except UntraceableError as error:
                 reading.unread[method] = error.reason
     return reading
+
+
+def _outcomes(scope: nn.Module, method: str, inline: frozenset[str]) -> list[tuple[str, Trace]]:
+    """The default traces of a function, one for each outcome of its questions."""
+    return [(method, each) for traced in default_traces(scope, method, inline) for each in traced.outcomes]
 
 
 _SIDE_EFFECTS = frozenset(
@@ -114,8 +119,12 @@ def targets_of(owner: nn.Module, reads: Sequence[Read]) -> Iterator[tuple[Read, 
     for read in reads:
         for target, rest in _follow(owner, read.chain):
             is_call = read.is_call and (not rest or rest == ("forward",))
-            if is_call or (not read.is_call and not rest):
+            is_part = isinstance(target, nn.Parameter) and all(name in _PARTS for name in rest)
+            if is_call or (not read.is_call and (not rest or is_part)):
                 yield Read(read.chain, read.is_call), target
+
+
+_PARTS = (None, "T", "mT")  # of a parameter: one of several stacked in it, or its transpose
 
 
 def _follow(value: Any, chain: tuple[str | None, ...]) -> Iterator[tuple[Any, tuple[str | None, ...]]]:

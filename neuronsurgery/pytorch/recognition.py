@@ -203,6 +203,8 @@ def function_of_module(module: nn.Module, shape: UnitShape | None = None) -> Uni
         traced = trace(module, "forward", call)
     except UntraceableError as error:
         return f"{original_class(module).__name__} is not unit-wise ({error.reason})"
+    if traced.answers:
+        return f"{original_class(module).__name__} is another function for another dtype or device"
     found = _function_of_graph(traced.graph, module, shape)
     if likeness is not None:
         alike = _KNOWN.setdefault(likeness, [])

@@ -95,26 +95,50 @@ class Assumed:
     """What discovery assumes, which has no arguments: defaults for numbers, and one small size for every axis.
 
     With `prefers_equal`, a size that the forward compares for equality before it is used is assumed to be equal, as
-    `if x.shape[1] != self.channels: raise ...` wants it. The number of axes is not assumed.
+    `if x.shape[1] != self.channels: raise ...` wants it. The number of axes is one for all tensors; a tensor has no
+    further axes once the forward has asked for it.
     """
 
     defaults: Sequence[Any]
     size: int = 2
     prefers_equal: bool = True
+    num_axes: int = 2
     chosen: dict[tuple[int, Any], int] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)  # the leaves whose number of axes the forward knows
+
+    @property
+    def asks_num_axes(self) -> bool:
+        """Whether what is computed may depend on a number of axes."""
+        return bool(self.asked)
 
     def look(self, leaf: int, axis: Any) -> Any:
         if axis is None:
             return self.defaults[leaf]
         if isinstance(axis, str):
-            raise Impurity("control flow on tensor values or shapes (it depends on the number of axes)")
-        return self.chosen.setdefault((leaf, axis), self.size)
+            self.learn_number_of_axes(leaf)
+            sizes = [self.look(leaf, each) for each in range(self.num_axes)] if axis == "shape" else []
+            return torch.Size(sizes) if axis == "shape" else self.num_axes
+        return self.chosen.setdefault((leaf, self.axis(leaf, axis)), self.size)
+
+    def learn_number_of_axes(self, leaf: int) -> None:
+        if leaf not in self.asked:
+            self.asked.add(leaf)
+            self.chosen = {(i, self.axis(i, axis)): size for (i, axis), size in self.chosen.items()}
+
+    def axis(self, leaf: int, axis: int) -> int:
+        """An axis by one number only, where the number of axes is known."""
+        if leaf not in self.asked:
+            return axis
+        if not -self.num_axes <= axis < self.num_axes:
+            raise IndexError(f"axis {axis} of a tensor of {self.num_axes} axes")
+        return axis % self.num_axes
 
     def prefer(self, question: Derived) -> None:
         sizes = [arg for arg in question.args if isinstance(arg, Leaf) and isinstance(arg.axis, int)]
         numbers = [arg for arg in question.args if type(arg) is int]
         if self.prefers_equal and question.function in (operator.eq, operator.ne) and sizes and numbers:
-            self.chosen.setdefault((sizes[0].index, sizes[0].axis), numbers[0])
+            leaf = sizes[0].index
+            self.chosen.setdefault((leaf, self.axis(leaf, sizes[0].axis)), numbers[0])
 
 
 @dataclass(eq=False)
@@ -128,6 +152,7 @@ class Scalars:
     leaves: dict[fx.Node, int] = field(default_factory=dict)
     expressions: dict[fx.Node, Leaf | Derived] = field(default_factory=dict)
     shapes: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what gives a shape -> whose shape it is
+    slices: dict[fx.Node, tuple[fx.Node, slice]] = field(default_factory=dict)  # what gives a part of one
     conditions: dict[Any, Condition] = field(default_factory=dict)
 
     def add_leaf(self, node: fx.Node, is_number: bool) -> None:
@@ -178,7 +203,12 @@ class Scalars:
         if node.target is getattr and node.args[1] in ("shape", "ndim"):
             return self.size(node, node.args[0], "rank" if node.args[1] == "ndim" else None)
         base: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and base in self.slices:
+            return self.size_in_slice(node, *self.slices[base], node.args[1])
         if node.target is operator.getitem and base in self.shapes:
+            if isinstance(node.args[1], slice) and not node.all_input_nodes[1:]:
+                self.slices[node] = self.shapes[base], node.args[1]
+                return None
             return self.size(node, self.shapes[base], node.args[1])
         return self.derived(node) if getattr(node.target, "__module__", "") == "_operator" else None
 
@@ -190,23 +220,41 @@ class Scalars:
         is_known = found is not None and (axis in (None, "rank") or type(axis) is int)
         return Leaf(self.leaves[found[0]], found[1]) if is_known and found is not None else None
 
+    def size_in_slice(self, node: fx.Node, tensor: fx.Node, part: slice, place: Any) -> Leaf | None:
+        """An item of a part of a shape, where both count from the front."""
+        start = 0 if part.start is None else part.start
+        if part.step not in (None, 1) or not _are_from_the_front(start, place):
+            return None
+        return self.size(node, tensor, start + place)
+
     def derived(self, node: fx.Node) -> Derived | None:
         args = [self.expressions.get(arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
         is_plain = all(isinstance(arg, (Leaf, Derived, int, float)) for arg in args)
         return Derived(node.target, tuple(args)) if is_plain and node.all_input_nodes else None
 
     def length(self, node: fx.Node) -> Leaf | Derived | None:
-        """The number of items of a node that is iterated over: a tensor's rows, or the pieces it was cut into."""
+        """The number of items of a node that is iterated over: axes, a tensor's rows, or the pieces it was cut into."""
+        if node in self.shapes or node in self.slices:
+            return self.number_of_axes(node)
         name = getattr(node.target, "__name__", node.target)
         cut, arguments = _cut(node) if name in ("unbind", "split", "chunk") else (node, {})
         axis = arguments.get("dim", 0)
         found = self.source(cut, axis) if type(axis) is int else None
-        if found is None or node in self.shapes:
+        if found is None:
             return None
         size, amount = Leaf(self.leaves[found[0]], found[1]), arguments.get("amount")
         if name in ("split", "chunk"):
             return Derived(_NUM_PIECES[str(name)], (size, amount)) if type(amount) is int else None
         return size
+
+    def number_of_axes(self, node: fx.Node) -> Leaf | Derived | None:
+        """How many items a shape has, or a part of one."""
+        tensor, part = self.slices.get(node, (self.shapes.get(node), None))
+        found = self.source(tensor, "rank")
+        if found is None:
+            return None
+        rank = Leaf(self.leaves[found[0]], "rank")
+        return rank if part is None else Derived(_num_in_slice, (rank, part.start, part.stop, part.step))
 
     # -- whose sizes they are
 
@@ -279,6 +327,10 @@ def _cut(node: fx.Node) -> tuple[Any, dict[str, Any]]:
     renamed = {"split_size_or_sections": "amount", "split_size": "amount", "chunks": "amount"}
     given = {renamed.get(name, name): value for name, value in node.kwargs.items()}
     return (node.args[0] if node.args else None), {**dict(zip(names, node.args[1:], strict=False)), **given}
+
+
+def _num_in_slice(length: int, *part: int | None) -> int:
+    return len(range(length)[slice(*part)])
 
 
 def _num_chunks(size: int, chunks: int) -> int:

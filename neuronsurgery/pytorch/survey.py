@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.pytorch.chains import chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.hooks import forbids_inlining
+from neuronsurgery.pytorch.leftovers import leftovers, why_swapped
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, Place, banks_at, owners_of, place_of
@@ -378,13 +379,28 @@ class Survey:
     def others(self, known: set[str]) -> dict[str, str]:
         """Producers of kinds that are never sites."""
         declined: dict[str, str] = {}
+        listed = set(known)
         known = known | {name.rpartition(".")[0] for name in known if self.is_functional(name)}
         for name, module in self.model.named_modules():
             if name in known or any(ancestor in declined for ancestor in _ancestors(name)):
                 continue
-            if reason := _never_a_site(module):
+            if reason := why_swapped(self.model, name) or _never_a_site(module):
                 declined[name] = reason
-        return declined
+        return declined | self.left_over(listed | set(declined))
+
+    def left_over(self, listed: set[str]) -> dict[str, str]:
+        """Parameters that a forward multiplies with, and that neither are listed nor belong to what is."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        computed = (use.call.computed for _, _, use in self.uses if not use.problem)
+        for each in computed:
+            for _, source, *_ in () if each is None else each.extras:
+                names.pop(id(source), None)
+        found: dict[str, str] = {}
+        for parameter, reason in leftovers(self.model, list(self.readings.values())):
+            name = names.get(id(parameter), "")
+            if name and not {name, *_ancestors(name)} & listed:
+                found.setdefault(name, reason)
+        return found
 
 
 # -- one producer ------------------------------------------------------------------------------------------------------

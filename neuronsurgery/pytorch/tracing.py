@@ -48,9 +48,10 @@ from neuronsurgery.pytorch.mirroring import (
 )
 from neuronsurgery.pytorch.opaque import einops_recorded, is_imported
 from neuronsurgery.pytorch.outside import Outside
-from neuronsurgery.pytorch.scalars import Condition, Known, Scalars, packed, packed_method
+from neuronsurgery.pytorch.questions import MOST_OUTCOMES, Questions, compares_by_identity, is_fact, own_tensors
+from neuronsurgery.pytorch.scalars import Actual, Condition, Known, Scalars, packed, packed_method
 
-__all__ = ["INLINED", "Trace", "trace"]
+__all__ = ["INLINED", "Trace", "is_raised_by_forward", "trace"]
 
 INLINED = "neuronsurgery_inlined"
 """The key of a node's metadata under which stands the path of the inlined child that it comes from."""
@@ -58,12 +59,25 @@ INLINED = "neuronsurgery_inlined"
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward as a graph, for one kind of call, and the guards under which it is that forward."""
+    """A forward as a graph, for one kind of call, and the guards under which it is that forward.
+
+    Where dtypes, devices or shapes decide a branch, it is the graph for some `answers` to the `questions`, nodes of it.
+    Those for other answers stand in `others`, and in `refusals` why there is none; guards and conditions are of all.
+    """
 
     graph: fx.Graph
     call: Call
     guards: tuple[Guard, ...]
     conditions: tuple[Condition, ...] = ()
+    questions: tuple[fx.Node, ...] = ()
+    answers: tuple[bool, ...] = ()
+    others: tuple[Trace, ...] = ()
+    refusals: tuple[tuple[tuple[bool, ...], UntraceableError], ...] = ()
+
+    @property
+    def outcomes(self) -> tuple[Trace, ...]:
+        """All the graphs: the one here, and those for other answers."""
+        return (self, *self.others)
 
     @property
     def reads_mode(self) -> bool:
@@ -90,18 +104,77 @@ def trace(
     Raises:
         UntraceableError: the function cannot be read soundly; the error carries reason, file and line.
     """
+    found: list[Trace] = []
+    refusals: list[tuple[tuple[bool, ...], UntraceableError]] = []
+    pending: list[tuple[bool, ...]] = [()]
+    while pending:
+        prescribed = pending.pop(0)
+
+        def tracer_with(places: frozenset[Any], answers: tuple[bool, ...] = prescribed) -> Tracer:
+            scalars = Scalars(module, known, places)
+            return Tracer(module, inline, training, scalars, questions=Questions(answers), runs_hooks=runs_hooks)
+
+        questions, outcome = _outcome(tracer_with, method, call)
+        if isinstance(outcome, Trace):
+            found.append(outcome)
+        elif isinstance(known, Actual) or is_raised_by_forward(outcome):  # a call may never come to that branch
+            refusals.append((tuple(questions.answers), outcome))
+        else:
+            raise outcome
+        answers = questions.answers
+        pending += [(*answers[:place], not answers[place]) for place in range(len(prescribed), len(answers))]
+        if len(found) + len(refusals) + len(pending) > MOST_OUTCOMES:
+            label = f"{original_class(module).__name__}.{method}"
+            raise UntraceableError(f"{label} cannot be traced: dtypes, devices or shapes decide too many branches")
+    return _joined(found, refusals)
+
+
+def _joined(found: list[Trace], refusals: list[tuple[tuple[bool, ...], UntraceableError]]) -> Trace:
+    """The outcomes as one trace, under the guards and conditions of all."""
+    if not found:
+        raise refusals[0][1]
+    if not found[0].answers:
+        return found[0]
+    guards = {(guard.module, guard.steps): guard for each in found for guard in each.guards}
+    conditions = {condition.expression: condition for each in found for condition in each.conditions}
+    return dataclasses.replace(
+        found[0],
+        guards=tuple(guards.values()),
+        conditions=tuple(conditions.values()),
+        others=tuple(found[1:]),
+        refusals=tuple(refusals),
+    )
+
+
+def is_raised_by_forward(error: UntraceableError) -> bool:
+    """Whether the forward raised the cause itself, as one that checks its input does; no stand-in for a tensor did."""
+    cause = error.__cause__
+    if isinstance(cause, (ValueError, AssertionError, IndexError, RuntimeError)):
+        return not isinstance(cause, RecursionError)
+    place = cause.__traceback__ if cause is not None and not isinstance(cause, Impurity) else None
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or _is_library(place.tb_frame.f_code.co_filename):
+        return False
+    is_own = not place.tb_frame.f_code.co_filename.startswith(_OWN)
+    return is_own and dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _outcome(
+    tracer_with: Callable[[frozenset[Any]], Tracer], method: str, call: Call
+) -> tuple[Questions, Trace | UntraceableError]:
+    """The trace for some answers, or why there is none, and the questions; `tracer_with` takes places of integers."""
     places: frozenset[Any] = frozenset()
     while True:
         has_einops = is_imported()
-        tracer = Tracer(module, inline, training, Scalars(module, known, places))
-        tracer.runs_hooks = runs_hooks
+        tracer = tracer_with(places)
         try:
-            return _traced(tracer, method, call)
+            return tracer.questions, _traced(tracer, method, call)
         except UntraceableError as error:
             new = frozenset(tracer.scalars.refused[-1:]) - places
-            needs_integer = known is not None and new and isinstance(error.__cause__, TypeError)
+            needs_integer = tracer.scalars.known is not None and new and isinstance(error.__cause__, TypeError)
             if not needs_integer and has_einops == is_imported():
-                raise
+                return tracer.questions, error
             places |= new
 
 
@@ -116,7 +189,9 @@ def _traced(tracer: Tracer, method: str, call: Call) -> Trace:
             tracer.check_unchanged()
     except (Exception, Impurity) as error:  # whatever a forward raises when it meets a proxy is its reason
         raise _untraceable(error, module, method) from error
-    return Trace(tracer.graph, call, tuple(tracer.reads.guards.values()), tuple(tracer.scalars.conditions.values()))
+    guards, conditions = tracer.reads.guards.values(), tracer.scalars.conditions.values()
+    asked = tracer.questions
+    return Trace(tracer.graph, call, tuple(guards), tuple(conditions), tuple(asked.asked), tuple(asked.answers))
 
 
 @contextlib.contextmanager
@@ -194,14 +269,23 @@ _LIBRARIES = ("torch", "numpy", "einops")
 class Tracer(GraphAppendingTracer):
     """Records a forward run on a mirror; torch.fx's own Tracer patches nn.Module for the whole process."""
 
-    def __init__(self, module: nn.Module, inline: frozenset[str], training: bool | None, scalars: Scalars) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inline: frozenset[str],
+        training: bool | None,
+        scalars: Scalars,
+        *,
+        questions: Questions,
+        runs_hooks: bool,
+    ) -> None:
         super().__init__(fx.Graph())
         self.module, self.inline, self.scalars = module, inline, scalars
         self.inlined: list[str] = []
         self.mirror, self.mirrors = mirror_of(module, self, training)
         self.reads = Reads(self.mirrors)
         self.known_tensors: set[fx.Node] = set()
-        self.runs_hooks = False
+        self.questions, self.runs_hooks = questions, runs_hooks
         self.made: list[tuple[str, Any, tuple[tuple[str, Any], ...], Any]] = []  # dataclasses among the arguments
         self.registered: dict[int, tuple[Tensor, str]] = {}
         for name, tensor in _registered_tensors(module):
@@ -292,6 +376,8 @@ class Tracer(GraphAppendingTracer):
     def read_property(self, name: str, tensor: Tensor) -> Any:
         if name in ("shape", "ndim"):
             return getattr(tensor, name)
+        if name == "dtype" and compares_by_identity(_users_frame()):
+            raise Impurity(_BY_IDENTITY)
         return self.create_proxy("call_function", getattr, (tensor, name), {})
 
     # what torch.fx asks
@@ -375,7 +461,31 @@ class Tracer(GraphAppendingTracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node in self.scalars.expressions:
             return bool(self.scalars.ask(self.scalars.expressions[obj.node]))
+        if is_fact(obj.node):
+            return self.answer(obj.node)
         raise Impurity("control flow on tensor values or shapes (a tensor or a size decides a branch)")
+
+    def answer(self, fact: fx.Node) -> bool:
+        """Whether something is so of dtypes, devices or shapes: a guard for own tensors, a question for all others."""
+        own = own_tensors(fact)
+        if own is None:
+            return self.questions.answer(fact)
+        with torch._C.DisableTorchFunction():  # or asking would be recorded
+            values = {node: getattr(self.own_tensor(node.args[0]), str(node.args[1])) for node in own}
+        for node, value in values.items():
+            owner, _, name = str(node.args[0].target).rpartition(".")  # type: ignore[union-attr]
+            self.reads.note(owner, (("attribute", name), ("attribute", str(node.args[1]))), value)
+        return bool(_evaluated(fact, values))
+
+    def own_tensor(self, node: Any) -> Tensor:
+        known = (*self.registered.values(), *self.reads.tensors.values())
+        return next(tensor for tensor, name in known if name == node.target)
+
+    def fact(self, node: fx.Node, name: str, frame: Any) -> Any:
+        """What is known of a stand-in's dtype or device since the forward asked; None if nothing is."""
+        if name == "dtype" and compares_by_identity(frame):
+            raise Impurity(_BY_IDENTITY)
+        return self.questions.known(node, name)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         frame = inspect.currentframe()
@@ -390,6 +500,26 @@ class Tracer(GraphAppendingTracer):
                 "control flow on tensor values or shapes (loops over a tensor or a size, or asks its length)"
             )
         return int(self.scalars.ask(expression))
+
+
+_BY_IDENTITY = "compares a dtype by 'is', which cannot be recorded; '==' can"
+
+
+def _users_frame() -> Any:
+    """The innermost frame of code that is neither this package's nor a library's."""
+    frame: Any = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_OWN) or _is_library(frame.f_code.co_filename)
+    ):
+        frame = frame.f_back
+    return frame
+
+
+def _evaluated(fact: Any, values: dict[fx.Node, Any]) -> Any:
+    """What a fact is, given what the module's tensors answer."""
+    if not isinstance(fact, fx.Node) or fact in values:
+        return values[fact] if isinstance(fact, fx.Node) else fact
+    return fact.target(*fx.map_arg(fact.args, lambda node: _evaluated(node, values)))  # type: ignore[operator]
 
 
 def _unpacked(obj: Any, frame: Any) -> Iterator[Any] | None:
@@ -410,6 +540,9 @@ class OpaqueProxy(fx.Proxy):
     """The value of a recorded call, whose type is not known while tracing: a question about it is refused."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("dtype", "device"):
+            found = self.tracer.fact(self.node, name, sys._getframe(1))  # type: ignore[attr-defined]
+            return OpaqueAttribute(self, name) if found is None else found
         return OpaqueAttribute(self, name)
 
     @property  # type: ignore[misc]
@@ -461,6 +594,9 @@ class TensorProxy(OpaqueProxy):
     def __getattr__(self, name: str) -> Any:
         if name in ("shape", "ndim"):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        if name in ("dtype", "device"):
+            found = self.tracer.fact(self.node, name, sys._getframe(1))  # type: ignore[attr-defined]
+            return OpaqueAttribute(self, name) if found is None else found
         return super().__getattr__(name)
 
     @property  # type: ignore[misc]

@@ -7,8 +7,10 @@ without training steps between them. Tolerances are those of design section 8.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,10 +23,14 @@ from torch import Tensor, nn
 from neuronsurgery import surgery
 from tests.assertions import (
     TOLERANCES,
+    Outcome,
     assert_same_gradient,
     assert_same_output,
     assert_same_state,
+    gradient_errors,
     outcome,
+    output_errors,
+    rounding_noise,
     state_of,
 )
 from tests.strategies import ACTIVATION_MODULES, STYLES, Network, networks, unit_sets
@@ -36,7 +42,7 @@ ROOM = 100.0  # max_growth: here the bound is not what is tested
 LENIENT = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 FEW = settings(LENIENT, max_examples=math.ceil(200 / len(STYLES)))
 MANY = settings(LENIENT, max_examples=math.ceil(5_000 / len(STYLES)))
-SOME = settings(LENIENT, max_examples=40)
+SOME = settings(LENIENT, max_examples=25)
 
 Choice = Mapping[str, Sequence[int]]
 
@@ -83,17 +89,35 @@ def check_operation(network: Network, units: Choice, optimizer: torch.optim.Opti
     """Operate, and check the output, the input's gradient, the slots, the banks, and what the report says of them."""
     model, tolerance = network.model, TOLERANCES[network.dtype]
     before, slots, rows = outcome(model, network.inputs), state_of(model), members_by_site(model)
+    is_exact = network.dtype == torch.float64  # else a statistic behind another layer takes over its rounding
+    untouched = copy.deepcopy(model) if model.training and is_exact else None
     report = surgery.knife(model, surgery.Units(units), optimizer=optimizer, max_growth=ROOM)
     after = outcome(model, network.inputs)
-    assert_same_output(before, after, tolerance)
-    assert_same_gradient(before, after, GRADIENT_FACTOR * tolerance)
+    assert_equivalent(network, before, after)
     assert report.max_error <= tolerance
     assert {name: set(chosen) for name, chosen in report.operated.items()} == {n: set(u) for n, u in units.items()}
-    assert_operated(model, units, slots, rows)
+    assert_operated(network, units, slots, rows)
+    if untouched is not None:
+        assert_same_statistics(network, untouched, units)
     return report
 
 
-GRADIENT_FACTOR = 8  # a gradient sums three members' terms in every layer, and may cancel below each of them
+GRADIENT_FACTOR = 8  # a gradient sums three members' terms in every layer
+ROUNDINGS = 8  # how many times a member may be rounded: product, bias, norm or scale, activation; forward and backward
+
+
+def assert_equivalent(network: Network, before: Outcome, after: Outcome) -> None:
+    """Output and gradient stay within tolerance, or within what rounding makes of this network's members.
+
+    The second bound counts where members are larger than their sum: a norm of few units, gradients that cancel.
+    """
+    tolerance = TOLERANCES[network.dtype]
+    output, gradient = max(output_errors(before, after)), max(gradient_errors(before, after), default=0.0)
+    if output <= tolerance and gradient <= GRADIENT_FACTOR * tolerance:
+        return
+    noise = rounding_noise(network.model, network.inputs)
+    assert_same_output(before, after, max(tolerance, ROUNDINGS * noise.output))
+    assert_same_gradient(before, after, max(GRADIENT_FACTOR * tolerance, ROUNDINGS * noise.gradient))
 
 
 def members_by_site(model: nn.Module) -> dict[str, list[surgery.Member]]:
@@ -102,25 +126,56 @@ def members_by_site(model: nn.Module) -> dict[str, list[surgery.Member]]:
 
 
 def assert_operated(
-    model: nn.Module, units: Choice, slots: Mapping[str, Tensor], rows: Mapping[str, list[surgery.Member]]
+    network: Network, units: Choice, slots: Mapping[str, Tensor], rows: Mapping[str, list[surgery.Member]]
 ) -> None:
     """The slots of exactly these units were renewed, and their banks hold the old and the new weights in two rows."""
-    now, members = state_of(model), members_by_site(model)
+    now, members = state_of(network.model), members_by_site(network.model)
     for name in set(units) | set(members):
         chosen, added = sorted(units.get(name, ())), members.get(name, [])[len(rows.get(name, [])) :]
         assert [m.unit for m in added if m.role == "knowledge"] == chosen, name
         assert [m.unit for m in added if m.role == "compensation"] == chosen, name
-        weight = f"{name}.weight" if f"{name}.weight" in slots else name
-        moved = (now[weight] != slots[weight]).flatten(1).any(1).nonzero().flatten().tolist()
-        few = now[weight].dtype == torch.bfloat16 and now[weight][0].numel() < 3  # the draw may be what was there
+        old, new = network.rows_of(name, slots), network.rows_of(name, now)
+        moved = (new != old).flatten(1).any(1).nonzero().flatten().tolist()
+        few = new.dtype == torch.bfloat16 and new[0].numel() < 3  # the draw may be what was there
         assert set(moved) <= set(chosen) if few else moved == chosen, name
-        bank = now[
-            f"{name}.composite.frozen_weight" if f"{name}.weight" in slots else f"{name}_composite.frozen_weight"
-        ]
+        bank = now[f"{bank_of(name, slots)}.frozen_weight"]
         first = len(rows.get(name, []))
         for row, member in enumerate(added, start=first):
-            source = slots if member.role == "knowledge" else now
-            assert torch.equal(bank[row], source[weight][member.unit]), (name, member)
+            source = old if member.role == "knowledge" else new
+            assert torch.equal(bank[row], source[member.unit]), (name, member)
+
+
+def assert_same_statistics(network: Network, untouched: nn.Module, units: Choice) -> None:
+    """A batch in training leaves the running statistics that it would have left: a renewed unit's in its knowledge."""
+    model = copy.deepcopy(network.model)
+    for each in (untouched, model):
+        torch.manual_seed(0)
+        each(*network.inputs)
+    expected, found = state_of(untouched), state_of(model)
+    members, tolerance = members_by_site(model), STATISTIC_FACTOR * TOLERANCES[network.dtype]
+    passed = dict.fromkeys(network.norms.values(), 0)
+    for name, value in expected.items():
+        norm, _, label = name.rpartition(".")
+        if not label.startswith("running") or "composite" in norm:
+            continue
+        old, new = value.double(), found[name].double()
+        if norm in network.norms and (site := network.norms[norm]) in members:
+            labels = [k for k in found if k.startswith(f"{bank_of(site, found)}.running")]
+            bank = found[labels[passed[site]]].double()
+            passed[site] += 1
+            for row, member in enumerate(members[site]):  # the latest of a unit's knowledge rows is what it was
+                if member.role == "knowledge" and member.unit in units.get(site, ()):
+                    new[member.unit] = bank[row]
+        scale = max(1.0, float(old.abs().max()))
+        assert (old - new).abs().max() <= tolerance * scale, name
+
+
+STATISTIC_FACTOR = 8  # in training a statistic is summed over all samples
+
+
+def bank_of(name: str, state: Mapping[str, Tensor]) -> str:
+    """The name of a producer's bank: a child of the module, or beside the parameter."""
+    return f"{name}.composite" if f"{name}.weight" in state else f"{name}_composite"
 
 
 def train(network: Network, num_steps: int) -> None:
@@ -181,7 +236,7 @@ def test_operating_in_two_halves_gives_the_output_of_both_at_once(data):
     network = data.draw(networks())
     assume(has_scale(network))
     units = data.draw(unit_sets(network))
-    twin = Network(network.style, copy.deepcopy(network.model), network.inputs, network.hidden, network.dtype)
+    twin = replace(network, model=copy.deepcopy(network.model))
     first = {name: chosen[::2] for name, chosen in units.items()}
     second = {name: chosen[1::2] for name, chosen in units.items() if len(chosen) > 1}
     check_operation(twin, units)
@@ -189,7 +244,7 @@ def test_operating_in_two_halves_gives_the_output_of_both_at_once(data):
     if second:
         check_operation(network, second)
     once, twice = outcome(twin.model, network.inputs), outcome(network.model, network.inputs)
-    assert_same_output(once, twice, TOLERANCES[network.dtype])
+    assert_equivalent(network, once, twice)
 
 
 # -- deep networks ---------------------------------------------------------------------------------------------------

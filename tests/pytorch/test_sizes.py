@@ -300,9 +300,10 @@ class Resized(Cell):
         return self.out(sum((F.relu(self.fc(x[i])) for i in range(x.shape[0])), torch.zeros(6)))
 
 
-class NumberOfAxes(Cell):
+class ReadOtherwiseWithFourAxes(Cell):
     def forward(self, x):
-        return self.out(F.relu(self.fc(x.mean(1) if x.dim() == 3 else x)))
+        z = self.fc(x)
+        return self.out(F.relu(z) + z if x.dim() == 4 else F.relu(z))
 
 
 class ReadOtherwiseAlone(Cell):
@@ -331,7 +332,7 @@ class ImpureForThree(Cell):
     [
         (ComputedSize, "control flow on tensor values or shapes"),
         (Resized, "control flow on tensor values or shapes"),
-        (NumberOfAxes, "control flow on tensor values or shapes"),
+        (ReadOtherwiseWithFourAxes, "its pre-activation is read 2 times"),
         (ReadOtherwiseAlone, "its pre-activation is read 2 times"),
         (ReadOtherwiseFromThreeOn, "its pre-activation is read 2 times"),
         (ImpureForThree, "control flow on tensor values"),
@@ -352,7 +353,7 @@ def test_a_forward_that_never_fits_its_assumed_sizes_gives_its_own_reason():
     assert "too short" in surgery.discover(Odd()).declined["fc"]
 
 
-def test_a_rank_that_moves_the_last_axis_is_no_size_of_the_argument():
+def test_a_size_past_a_producer_is_asked_for_while_it_runs_whatever_axis_it_is():
     class Inner(Cell):
         def forward(self, x):
             h = F.relu(self.fc(x))
@@ -360,9 +361,150 @@ def test_a_rank_that_moves_the_last_axis_is_no_size_of_the_argument():
 
     model = Inner()
     operated = copy.deepcopy(model)
-    if surgery.knife(operated, OPERATED).num_units:
-        for shape in ((3, 5, 4), (3, 4, 4)):
-            x = torch.randn(shape)
-            assert torch.allclose(model(x), operated(x), atol=1e-5)
-        with pytest.raises(surgery.UntraceableError, match="control flow"):
-            operated(torch.randn(3, 4))
+    assert surgery.knife(operated, OPERATED).num_units
+    for shape in ((3, 5, 4), (3, 4, 4), (3, 4), (2, 2, 5, 4)):
+        x = torch.randn(shape)
+        assert torch.allclose(model(x), operated(x), atol=1e-5)
+
+
+# -- the number of axes ------------------------------------------------------------------------------------------------
+
+
+class Averaged(Cell):
+    def forward(self, x):
+        return self.out(F.relu(self.fc(x.mean(1) if x.dim() == 3 else x)))
+
+
+class ByNdim(Cell):
+    def forward(self, x):
+        if x.ndim > 3:
+            x = x.flatten(0, -3)
+        return self.out(F.relu(self.fc(x)))
+
+
+class ByLength(Cell):
+    def forward(self, x):
+        if len(x.size()) < 2:
+            raise ValueError("too few axes")
+        return self.out(F.relu(self.fc(x.unsqueeze(0) if len(x.shape) == 2 else x)))
+
+
+class Starred(Cell):
+    """As torchrl's ConvNet: any number of batch axes before the last two."""
+
+    def forward(self, x):
+        *batch, length, _ = x.shape
+        if len(batch) > 1:
+            x = x.flatten(0, len(batch) - 1)
+        out = self.out(F.relu(self.fc(x))) * length
+        return out.unflatten(0, batch) if len(batch) > 1 else out
+
+
+class Heads(Cell):
+    """As attention does: `view` with the leading sizes of the argument."""
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, 2)
+        h = F.relu(self.fc(x)).view(shape)
+        first = x.shape[:-1][0]
+        return self.out(h.flatten(-2)) * (2 if first > 2 else 1)
+
+
+class WholeShape(Cell):
+    def forward(self, x):
+        h = F.relu(self.fc(x))
+        if x.shape[-1:] != (4,) or h.shape != (*x.shape[:-1], 6):
+            raise ValueError("expected 4 features")
+        return self.out(h)
+
+
+RANKS = (Averaged, ByNdim, ByLength, Starred, Heads, WholeShape)
+
+
+@pytest.mark.parametrize("cls", RANKS, ids=lambda cls: cls.__name__)
+def test_a_forward_that_the_number_of_axes_drives_is_right_for_every_number(cls):
+    model = cls()
+    operated = copy.deepcopy(model)
+    assert surgery.knife(operated, OPERATED, verify=torch.randn(3, 5, 4)).num_units == 3
+    with torch.no_grad():
+        for each in (model, operated):
+            each.fc.weight[3:].add_(1.0)
+    assert_same_for(model, operated, (3, 5, 4), (2, 4), (3, 3, 5, 4), (2, 1, 4), (1, 2, 3, 5, 4), (2, 1, 1, 2, 3, 4))
+
+
+def test_a_number_of_axes_compiles_once_for_each():
+    torch._dynamo.reset()
+    model = Starred()
+    surgery.knife(model, OPERATED)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    for shape in ((3, 5, 4), (2, 3, 5, 4), (3, 5, 4)):
+        x = torch.randn(shape)
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    assert counter.frame_count == 2
+    torch._dynamo.reset()
+
+
+def test_a_forward_that_fits_no_assumed_number_of_axes_gives_its_own_reason():
+    class Six(Cell):
+        def forward(self, x):
+            a, b, c, d, e, _ = tuple(x.shape)
+            return self.out(F.relu(self.fc(x))) * (a + b + c + d + e)
+
+    assert "unpack" in surgery.discover(Six()).declined["fc"]
+
+
+# -- *args -------------------------------------------------------------------------------------------------------------
+
+
+class AnyNumber(Cell):
+    def forward(self, *inputs):
+        return self.out(F.relu(self.fc(torch.cat(inputs, -1) if len(inputs) > 1 else inputs[0])))
+
+
+class Two(Cell):
+    def forward(self, *inputs):
+        if len(inputs) != 2:
+            raise TypeError(f"two, not {len(inputs)}")
+        x, scale = inputs
+        return self.out(F.relu(self.fc(x)) * scale)
+
+
+class Three(Cell):
+    def forward(self, *inputs):
+        x, y, z = inputs
+        return self.out(F.relu(self.fc(x + y)) + z)
+
+
+class NoneAtAll(Cell):
+    def forward(self, *inputs):
+        assert not inputs
+        return self.out(F.relu(self.fc(self.start[:, :4])))
+
+
+STARRED = {
+    AnyNumber: [(3, 4)],
+    Two: [(3, 4), (3, 1)],
+    Three: [(3, 4), (3, 4), (3, 1)],
+    NoneAtAll: [],
+}
+
+
+@pytest.mark.parametrize(("cls", "shapes"), STARRED.items(), ids=lambda each: getattr(each, "__name__", ""))
+def test_a_forward_of_any_number_of_inputs_is_traced_with_one_that_it_takes(cls, shapes):
+    model = cls()
+    operated = copy.deepcopy(model)
+    found = surgery.discover(operated)
+    assert "fc" in found, found.declined
+    inputs = tuple(map(torch.randn, shapes))
+    assert surgery.knife(operated, OPERATED, verify=inputs).num_units == 3
+    assert len(graphs_of(operated)) == 1
+    assert torch.allclose(model(*inputs), operated(*inputs), atol=1e-6)
+
+
+def test_another_number_of_inputs_is_traced_when_it_comes():
+    model = AnyNumber()
+    operated = copy.deepcopy(model)
+    surgery.knife(operated, OPERATED)
+    halves = torch.randn(3, 2), torch.randn(3, 2)
+    assert torch.allclose(model(*halves), operated(*halves), atol=1e-6)
