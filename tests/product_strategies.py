@@ -176,7 +176,10 @@ def grouped(draw: Draw, jumping: bool) -> Drawn:
         "groups": groups,
     }
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    layer = CONVOLUTIONS[axes - 1](inner, groups * width, 2, **settings, padding_mode=mode, bias=draw(st.booleans()))
+    kernel = 3 if padding == "same" else 2  # torch warns that an even one is padded on one side
+    layer = CONVOLUTIONS[axes - 1](
+        inner, groups * width, kernel, **settings, padding_mode=mode, bias=draw(st.booleans())
+    )
     if mode == "zeros" and draw(st.booleans()):
         return convolved(draw, Filtering(layer, settings), (inner, *[5] * axes), "weight", as_rows, jumping)
     return convolved(draw, layer, (inner, *[5] * axes), "", as_rows, jumping)

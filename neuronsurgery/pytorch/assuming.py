@@ -98,8 +98,8 @@ def _for_all_sizes(default: Default) -> list[Trace]:
     found: list[Trace] = []
     failure: UntraceableError | None = None
     for num_axes in _NUMBERS_OF_AXES:
-        asked = False
-        for size in _SIZES:
+        asked, sizes = False, _SIZES[:1] if found else _SIZES  # other numbers of axes with one size alone
+        for size in sizes:
             known, outcome = default.assuming(size, num_axes, prefers_equal=size == _SIZES[0])
             asked = asked or known.asks_num_axes
             if isinstance(outcome, Trace):

@@ -29,6 +29,7 @@ from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import listening
 from neuronsurgery.pytorch.transaction import run
 
@@ -198,9 +199,15 @@ def tapped(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[N
     sinks = {id(place.weight): SiteSink(name, place, evidence, clock) for name, place in discovery.places.items()}
     try:
         with listening(sinks):
-            run(class_changes(discovery, banked_names(discovery)))
+            _rewrite(discovery)
             yield
     finally:  # for the banks that are there by now, and for those who still listen
+        _rewrite(discovery)
+
+
+def _rewrite(discovery: Discovery) -> None:
+    """Give every module the class that banks and listeners ask for now."""
+    with swapped_in(discovery.model):
         run(class_changes(discovery, banked_names(discovery)))
 
 

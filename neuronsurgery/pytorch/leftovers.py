@@ -17,19 +17,20 @@ from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.reading import Reading, modules_of, targets_of
 from neuronsurgery.pytorch.reads import reads_of
 from neuronsurgery.pytorch.recognition import canonical_name
+from neuronsurgery.pytorch.swapped import holds_for_others
 
 __all__ = ["leftovers", "why_swapped"]
 
 SWAPPED = (
-    "its parameters are swapped in at run time by TensorDictParams (tensordict). Parameters that stay in their module "
-    "can be operated on: torchrl's multi-agent networks keep them with use_td_params=False, where agents share them"
+    "its parameters are stacked and swapped in at run time by TensorDictParams (tensordict), one network per agent. "
+    "Where agents share them (share_params=True) they can be operated on"
 )
 
 
 def leftovers(model: nn.Module, readings: list[Reading]) -> Iterator[tuple[nn.Parameter, str]]:
     """Parameters of two axes or more that a forward multiplies with, and why they are no producer's weight."""
     for _, module in modules_of(model):
-        if _is_swapping(module):
+        if holds_for_others(module):
             held = module._parameters.items()
             yield from ((p, SWAPPED) for name, p in held if p is not None and p.dim() > 1 and not name.endswith("bias"))
     for reading in readings:
@@ -49,13 +50,7 @@ def why_swapped(model: nn.Module, name: str) -> str:
         return ""
     names = name.split(".")
     around = (submodule(model, ".".join(names[:depth])) for depth in range(len(names)))
-    return SWAPPED if any(_is_swapping(child) for owner in around for child in owner.children()) else ""
-
-
-def _is_swapping(module: nn.Module) -> bool:
-    """Whether a module is tensordict's holder of another module's parameters, known by name."""
-    classes = original_class(module).__mro__
-    return any(cls.__name__ == "TensorDictParams" and cls.__module__.startswith("tensordict") for cls in classes)
+    return SWAPPED if any(holds_for_others(child) for owner in around for child in owner.children()) else ""
 
 
 def _computed_with(graph: fx.Graph, scope: nn.Module) -> Iterator[tuple[nn.Parameter, str]]:

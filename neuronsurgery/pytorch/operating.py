@@ -27,6 +27,7 @@ from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetItem, WriteRows, run
 from neuronsurgery.reports import Report
 
@@ -35,6 +36,7 @@ __all__ = ["banked_names", "banks_of", "next_operation", "operate", "undo"]
 Optimizers = tuple[Optimizer, ...]
 
 
+@with_parameters_in_place
 def operate(
     model: nn.Module,
     plan: Plan,
@@ -237,6 +239,7 @@ def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn
 # -- undo ------------------------------------------------------------------------------------------------------------
 
 
+@with_parameters_in_place
 def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Report:
     """Put the old weights of an operation's units back; see `neuronsurgery.surgery.undo`."""
     model = unwrap(model)

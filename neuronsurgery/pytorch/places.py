@@ -15,6 +15,7 @@ from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.products import Product
 from neuronsurgery.pytorch.reading import Reading, modules_of
+from neuronsurgery.pytorch.swapped import holds_for_others
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 from neuronsurgery.pytorch.uses import Use
 from neuronsurgery.sites import Site
@@ -207,7 +208,8 @@ def bank_name(owner: nn.Module, attribute: str) -> str:
 def owners_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every module that owns a parameter or buffer, and under which name, by the tensor's id."""
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
-    for _, module in modules_of(model):
+    holders = (module for _, module in modules_of(model) if not holds_for_others(module))
+    for module in holders:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 owners[id(tensor)].append((module, name))

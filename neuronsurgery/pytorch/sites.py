@@ -15,11 +15,13 @@ from neuronsurgery.errors import SiteError, near_names
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.survey import Survey
+from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.sites import Sites
 
 __all__ = ["Discovery", "discover"]
 
 
+@with_parameters_in_place
 def discover(model: nn.Module, *, include: Collection[str] = (), outputs: Sequence[Tensor] = ()) -> Discovery:
     """Find the sites of a model.
 

@@ -397,6 +397,8 @@ class Survey:
                 names.pop(id(source), None)
         found: dict[str, str] = {}
         for parameter, reason in leftovers(self.model, list(self.readings.values())):
+            if id(parameter) in self.by_weight:
+                continue
             name = names.get(id(parameter), "")
             if name and not {name, *_ancestors(name)} & listed:
                 found.setdefault(name, reason)

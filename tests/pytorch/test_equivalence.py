@@ -7,7 +7,6 @@ without training steps between them. Tolerances are those of design section 8.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -406,8 +406,8 @@ class Heads(Cell):
     def forward(self, x):
         shape = (*x.shape[:-1], -1, 2)
         h = F.relu(self.fc(x)).view(shape)
-        first = x.shape[:-1][0]
-        return self.out(h.flatten(-2)) * (2 if first > 2 else 1)
+        second = x.shape[:3][1]
+        return self.out(h.flatten(-2)) * (2 if second > 2 else 1)
 
 
 class WholeShape(Cell):
