@@ -167,6 +167,14 @@ def test_the_door_is_the_one_way_into_the_backend() -> None:
     assert any(within(target, BACKEND) for target in imported_modules(modules[DOOR], modules))
 
 
+def test_every_file_of_the_backend_has_one_place_in_the_table_of_files() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| file | does |")[2].partition("\n\n")[0]
+    listed = [name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split(" | ")[0])]
+    files = [path.stem for path in (ROOT / PACKAGE / "pytorch").glob("*.py") if path.stem != "__init__"]
+    assert sorted(listed) == sorted(files)
+
+
 @pytest.mark.parametrize("module", [PACKAGE, *(f"{PACKAGE}.{name}" for name in STAGES)])
 def test_importing_the_core_does_not_load_a_framework(module: str) -> None:
     assert frameworks_loaded_by(f"import {module}") == []

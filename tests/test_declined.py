@@ -19,7 +19,7 @@ REFERENCE = ROOT / "docs" / "reference.md"
 BACKEND = ROOT / "neuronsurgery" / "pytorch"
 # Where a text is a reason for declining if it is not an error that a call raises.
 JUDGING = (
-    *("following", "recognition", "producers", "survey", "lookahead", "chains", "fused"),
+    *("following", "recognition", "producers", "survey", "lookahead", "leftovers", "chains", "fused"),
     *("tracing", "mirroring", "ambient", "outside", "scalars", "computing", "computed_calls", "computed_modules"),
 )
 # Sentences that are parts of others: what enters a pair of brackets, and the label of a thing that may have changed.
@@ -56,7 +56,7 @@ def place(node: ast.AST) -> int:
 def raises_an_error(node: ast.Raise) -> bool:
     """Whether what is raised goes to the user as it is; an Impurity and its like become reasons."""
     function = node.exc.func if isinstance(node.exc, ast.Call) else None
-    return isinstance(function, ast.Name) and function.id in ("SurgeryError", "ValueError", "UntraceableError")
+    return isinstance(function, ast.Name) and function.id in ("SurgeryError", "ValueError", "IndexError")
 
 
 def rows_of(page: str) -> list[str]:
