@@ -168,20 +168,35 @@ class Composite(nn.Module):
     # -- on the path
 
     def passed(
-        self, index: int, link: Link, rows: Tensor, others: Sequence[Any] = (), module: nn.Module | None = None
+        self,
+        index: int,
+        link: Link,
+        rows: Tensor,
+        others: Sequence[Any] = (),
+        module: nn.Module | None = None,
+        path: UnitPath | None = None,
     ) -> Tensor:
-        """The rows past a link of the path; `link` as it is now, should a plain attribute have changed it."""
-        return link.rows(self, rows, self.values(index, link), others, self.axis(index, rows), module)
+        """The rows past a link of the path; `link` as it is now, should a plain attribute have changed it.
 
-    def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor) -> Tensor:
+        Here and below `path` is the one of this call, where that may have other links with the same tensors: a mask.
+        """
+        return link.rows(self, rows, self.values(index, link, path), others, self.axis(index, rows, path), module)
+
+    def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor, path: UnitPath | None = None) -> Tensor:
         """What the operation of a coupling link receives in the slots' place."""
-        return link.enter(self, slots, rows, self.axis(index, rows))
+        return link.enter(self, slots, rows, self.axis(index, rows, path))
 
     def together(
-        self, index: int, link: SyncBatchNorm, module: nn.Module, slots: Tensor, rows: Tensor
+        self,
+        index: int,
+        link: SyncBatchNorm,
+        module: nn.Module,
+        slots: Tensor,
+        rows: Tensor,
+        path: UnitPath | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Slots and rows past a module that all processes share."""
-        return link.together(slots, rows, self.values(index, link), self.axis(index, rows), module)
+        return link.together(slots, rows, self.values(index, link, path), self.axis(index, rows, path), module)
 
     def left(
         self,
@@ -192,29 +207,31 @@ class Composite(nn.Module):
         received: Tensor,
         result: Tensor,
         own: Sequence[Tensor] = (),
+        path: UnitPath | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Slots and rows past a coupling link; `own` are the slots' own tensors of that link."""
-        axis = self.axis(index, rows)
-        return link.leave(self, slots, rows, received, result, own, self.values(index, link), axis)
+        axis = self.axis(index, rows, path)
+        return link.leave(self, slots, rows, received, result, own, self.values(index, link, path), axis)
 
-    def axis(self, index: int, rows: Tensor) -> int:
+    def axis(self, index: int, rows: Tensor, path: UnitPath | None = None) -> int:
         """Where the rows' units are as they enter a link (past the last: as they come out), counted from the end."""
         start = -1 if self.product.is_stacked else self.product.unit_axes[0]
-        return self.path.axis(index, start, rows.dim())
+        return (path or self.path).axis(index, start, rows.dim())
 
-    def values(self, index: int, link: Link) -> list[Tensor]:
+    def values(self, index: int, link: Link, path: UnitPath | None = None) -> list[Tensor]:
         """The rows' own tensors of a link.
 
         Raises:
             SurgeryError: the link is another one now, with other tensors.
         """
-        made_for = self.path.links[index]
-        if link.tensors != made_for.tensors:
+        path = path or self.path
+        made_for = path.links[index]
+        if link.tensors != made_for.tensors or path.tensors != self.path.tensors:
             raise SurgeryError(
                 f"the pre-activations pass '{link.name}' now, with other parameters than those of '{made_for.name}', "
                 "for which the bank was made; undo the operation before you change it"
             )
-        span = self.path.span(index)
+        span = path.span(index)
         return [getattr(self, name) for name in self.buffer_names()[2:][span]]
 
     def gathered(self, other: Any, axis: int) -> Any:
@@ -248,10 +265,10 @@ class Composite(nn.Module):
             shape[axis] = size
         return values.expand(shape).movedim(axes, tuple(range(-len(axes), 0))).flatten(-len(axes))
 
-    def assemble(self, h: Tensor, rows: Tensor) -> Tensor:
+    def assemble(self, h: Tensor, rows: Tensor, path: UnitPath | None = None) -> Tensor:
         """The layer's activations with composites in place: h (the slots' activations), rows (the frozen rows')."""
         if not self.product.is_stacked:
-            return self.summed(h, rows, self.axis(len(self.path.links), rows))
+            return self.summed(h, rows, self.axis(len((path or self.path).links), rows, path))
         axes = self.product.unit_axes
         last = tuple(range(-len(axes), 0))
         sizes = h.movedim(axes, last).shape[-len(axes) :]

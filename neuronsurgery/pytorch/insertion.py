@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import carry, produce
-from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.composites import Composite, UnitPath
 from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.following import LinkUse
 from neuronsurgery.pytorch.links import (
@@ -26,6 +26,7 @@ from neuronsurgery.pytorch.links import (
     is_coupling,
 )
 from neuronsurgery.pytorch.mirroring import Absent, Guard, Steps, original_class, submodule
+from neuronsurgery.pytorch.products import Product
 from neuronsurgery.pytorch.taps import tap, tap_producer
 from neuronsurgery.pytorch.tracing import trace
 from neuronsurgery.pytorch.uses import Use, find_uses
@@ -33,17 +34,20 @@ from neuronsurgery.pytorch.uses import Use, find_uses
 __all__ = ["Rewrite", "insert_banks"]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Rewrite:
     """One site in one scope: the paths of the producer and of its bank, if any, and whether it is observed.
 
-    `is_open`: the scope returns its pre-activations, for the next child of a Sequential to take on.
+    `is_open`: the scope returns its pre-activations, for the next child of a Sequential to take on. `product` and
+    `reads`, the paths of the bias ("": none) and of the path's own tensors, are what the bank has rows for.
     """
 
     producer: str
     bank: str | None
     tapped: bool = False
     is_open: bool = False
+    product: Product | None = None
+    reads: tuple[str, ...] = ()
 
 
 def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite]) -> tuple[Guard, ...]:
@@ -61,9 +65,32 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
         if use.producer in wanted:
             if use.path is None and not (use.followed.is_open and wanted[use.producer].is_open):
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
+            _check_made_for(use, scope, wanted[use.producer])
             guards += [*_path_guards(use, scope), *_shape_guards(use, scope)]
             _insert(graph, use, wanted[use.producer], composites)
     return tuple(guards)
+
+
+def _check_made_for(use: Use, scope: nn.Module, rewrite: Rewrite) -> None:
+    """Refuse a graph that computes this producer from other parameters than those the bank has rows of.
+
+    A forward may choose among several by an argument; a bank holds copies of one choice, which the others would read.
+    """
+    if rewrite.bank is None or rewrite.product is None:
+        return
+    expected = [_tensor_at(scope, path) for path in rewrite.reads]
+    found = [use.call.bias, *(own.tensor for own in use.own)]
+    if use.product != rewrite.product:
+        raise UntraceableError(f"here '{use.producer}' computes another product than the one its bank was made for")
+    if len(found) != len(expected) or any(a is not b for a, b in zip(found, expected, strict=True)):
+        raise UntraceableError(
+            f"here '{use.producer}' or what its units pass has other parameters than those its bank was made for"
+        )
+
+
+def _tensor_at(scope: nn.Module, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(submodule(scope, owner), name) if path else None
 
 
 def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
@@ -125,11 +152,11 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
             bank = graph.get_attr(rewrite.bank)
         for index, link_use in enumerate(use.links):
             insert = _insert_coupling if is_coupling(link_use.link) else _insert_link
-            h, rows = insert(graph, bank, index, link_use, rows, composites)
+            h, rows = insert(graph, bank, (index, use.path), link_use, rows, composites)
         if not rewrite.is_open:
             slots = h
             with graph.inserting_after(slots):  # the last link is a function, which the rows have passed by then
-                h = graph.call_function(assemble, (bank, slots, rows))
+                h = graph.call_function(_assembling(use.path), (bank, slots, rows))
             slots.replace_all_uses_with(h, delete_user_cb=lambda user: user is not h)
     if rewrite.is_open:
         _insert_carrying(graph, use, rewrite, h, rows)
@@ -153,16 +180,24 @@ def _insert_carrying(graph: fx.Graph, use: Use, rewrite: Rewrite, slots: fx.Node
     output.replace_input_with(slots, carried)
 
 
-def assemble(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
+At = tuple[int, UnitPath | None]
+"""Which link of the path this is, and the path that this graph has; None: a part of the bank's own."""
+
+
+def _assembling(path: UnitPath | None) -> Callable[[Composite, Tensor, Tensor], Tensor]:
     """The layer's activations with composites in place."""
-    return bank.assemble(slots, rows)
+
+    def assemble(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
+        return bank.assemble(slots, rows, path)
+
+    return assemble
 
 
 # -- links -----------------------------------------------------------------------------------------------------------
 
 
 def _insert_link(
-    graph: fx.Graph, bank: fx.Node, index: int, use: LinkUse, rows: fx.Node, composites: dict[fx.Node, fx.Node]
+    graph: fx.Graph, bank: fx.Node, at: At, use: LinkUse, rows: fx.Node, composites: dict[fx.Node, fx.Node]
 ) -> tuple[fx.Node, fx.Node]:
     """Let the rows pass a link beside the slots: before these, as they may work in place on what the rows read too."""
     link = use.link
@@ -174,14 +209,14 @@ def _insert_link(
         others = [graph.get_attr(f"{use.module}.{name}") for name in live]
         others += [use.node] if isinstance(link, Reshape) else [composites.get(o, o) for o in use.others]
     with graph.inserting_after(module or use.node) if is_after else graph.inserting_before(use.node):
-        return use.node, graph.call_function(_passing(index, link), (bank, rows, others, module))
+        return use.node, graph.call_function(_passing(at, link), (bank, rows, others, module))
 
 
-def _passing(index: int, link: Link) -> Callable[[Composite, Tensor, Sequence[Any], nn.Module | None], Tensor]:
+def _passing(at: At, link: Link) -> Callable[[Composite, Tensor, Sequence[Any], nn.Module | None], Tensor]:
     """The step of the rows past the link that this graph has."""
 
     def passed(bank: Composite, rows: Tensor, others: Sequence[Any], module: nn.Module | None) -> Tensor:
-        return bank.passed(index, link, rows, others, module)
+        return bank.passed(at[0], link, rows, others, module, at[1])
 
     return passed
 
@@ -189,7 +224,7 @@ def _passing(index: int, link: Link) -> Callable[[Composite, Tensor, Sequence[An
 def _insert_coupling(
     graph: fx.Graph,
     bank: fx.Node,
-    index: int,
+    at: At,
     use: LinkUse,
     rows: fx.Node,
     composites: dict[fx.Node, fx.Node],
@@ -201,13 +236,13 @@ def _insert_coupling(
     if isinstance(link, SyncBatchNorm):
         with graph.inserting_before(use.node):
             module = graph.get_attr(use.module)
-            return _pair_in_place_of(graph, use.node, _together(index, link), (bank, module, slots, rows))
+            return _pair_in_place_of(graph, use.node, _together(at, link), (bank, module, slots, rows))
     with graph.inserting_before(use.node):
-        received = graph.call_function(_entering(index, link), (bank, slots, rows))
+        received = graph.call_function(_entering(at, link), (bank, slots, rows))
         own = [graph.get_attr(each.path) for each in use.own]
     use.node.args = (received, *use.node.args[1:])
     with graph.inserting_after(use.node):
-        pair = graph.call_function(_leaving(index, link), (bank, slots, rows, received, use.node, own))
+        pair = graph.call_function(_leaving(at, link), (bank, slots, rows, received, use.node, own))
     with graph.inserting_after(pair):
         passed = graph.call_function(operator.getitem, (pair, 0))
     use.node.replace_all_uses_with(passed, delete_user_cb=lambda user: user is not pair)
@@ -226,25 +261,25 @@ def _pair_in_place_of(
     return passed, rows
 
 
-def _together(index: int, link: SyncBatchNorm) -> Callable[..., tuple[Tensor, Tensor]]:
+def _together(at: At, link: SyncBatchNorm) -> Callable[..., tuple[Tensor, Tensor]]:
     def together(bank: Composite, module: nn.Module, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return bank.together(index, link, module, slots, rows)
+        return bank.together(at[0], link, module, slots, rows, at[1])
 
     return together
 
 
-def _entering(index: int, link: Coupling) -> Callable[[Composite, Tensor, Tensor], Tensor]:
+def _entering(at: At, link: Coupling) -> Callable[[Composite, Tensor, Tensor], Tensor]:
     def entered(bank: Composite, slots: Tensor, rows: Tensor) -> Tensor:
-        return bank.entered(index, link, slots, rows)
+        return bank.entered(at[0], link, slots, rows, at[1])
 
     return entered
 
 
-def _leaving(index: int, link: Coupling) -> Callable[..., tuple[Tensor, Tensor]]:
+def _leaving(at: At, link: Coupling) -> Callable[..., tuple[Tensor, Tensor]]:
     def left(
         bank: Composite, slots: Tensor, rows: Tensor, received: Tensor, result: Tensor, own: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        return bank.left(index, link, slots, rows, received, result, own)
+        return bank.left(at[0], link, slots, rows, received, result, own, at[1])
 
     return left
 

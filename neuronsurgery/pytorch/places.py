@@ -34,6 +34,8 @@ class Home:
     producer: str  # the producer's path in the scope
     modules: tuple[str, ...]  # the paths of the modules that are its links, "" for a function
     origins: tuple[str, ...] = ()  # of the producer and each link: the inlined child that it comes from, or ""
+    product: Product | None = None
+    reads: tuple[str, ...] = ()  # the paths of the bias, "" where there is none, and of the links' own tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +139,8 @@ def place_of(
             use.producer,
             tuple(link.module for link in use.links),
             use.origins,
+            use.product,
+            (_bias_path(r.scope, use), *(own.path for own in use.own)),
         )
         for r, method, use in entries
     ]
@@ -163,6 +167,12 @@ def place_of(
     slots = (slots[0], *(each and replace(each, is_own=is_own(each.tensor, each.owner)) for each in slots[1:]))
     unique = {(id(h.scope), h.method, h.producer): h for h in homes}
     return Place(site, weight, use.product, use.path, slots, at, tuple(unique.values()), computed)
+
+
+def _bias_path(scope: nn.Module, use: Use) -> str:
+    """Where the scope has the bias of a producer, "" where there is none."""
+    named = scope.named_parameters(remove_duplicate=False)
+    return next((name for name, parameter in named if parameter is use.call.bias), "")
 
 
 def _axes(source: Source) -> UnitAxes:

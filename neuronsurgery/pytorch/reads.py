@@ -107,9 +107,13 @@ def _escape(
             return Read((*chain, None), is_call=True)
         if name in ("enumerate", "zip", "reversed", "list", "tuple", "iter"):
             return Read((*chain, None), is_call=True)
-        if name in _COMPUTING:
+        if name in _COMPUTING or name in _WITH_OTHER_PARAMETERS:
             return Read(chain, is_call=False)
     return None
+
+
+_WITH_OTHER_PARAMETERS = ("functional_call", "stack_module_state")
+"""What runs a module that it is given with other parameters than the module's own."""
 
 
 def _called_name(call: ast.AST | None) -> str:

@@ -69,7 +69,7 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
     """Who takes part in a home: its scope alone, or in a Sequential its children."""
     if not is_sequential(home.scope) or home.method != "forward":
         bank = bank_path(home.scope, home.producer) if has_bank else None
-        rewrites = frozenset({Rewrite(home.producer, bank, tapped)})
+        rewrites = frozenset({Rewrite(home.producer, bank, tapped, False, home.product, home.reads)})
         role = Role.SEQUENTIAL if is_sequential(home.scope) else Role.SCOPE
         yield home.scope, Part(role, rewrites, frozenset({home.method}), home.inline)
         return
@@ -80,10 +80,11 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
     yield from ((loop, Part(Role.SEQUENTIAL, is_open=True)) for loop in inner)
     if chain.inside:
         bank = bank_path(chain.first, chain.inside) if has_bank else None
-        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, is_open=True)})
-        inline = frozenset(
-            path.removeprefix(f"{chain.first_path}.") for path in home.inline if path.startswith(f"{chain.first_path}.")
-        )
+        inside = f"{chain.first_path}."
+        reads = [path for path in home.reads if not path or path.startswith(inside)]
+        shortened = tuple(path.removeprefix(inside) for path in reads)
+        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, True, home.product, shortened)})
+        inline = frozenset(path.removeprefix(inside) for path in home.inline if path.startswith(inside))
         yield chain.first, Part(Role.SCOPE, rewrites, frozenset({"forward"}), inline)
     else:
         yield chain.first, Part(Role.PRODUCER)

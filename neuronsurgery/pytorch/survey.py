@@ -340,9 +340,14 @@ class Survey:
         for scope, use in homes:
             inside |= _between(scope, use.producer)
         scopes = {id(scope) for scope, _ in homes}
-        for owner, label, found, target in self.reaching(inside | {id(weight)}):
-            if found is None:
+        around = {id(module) for name in self.names_of(weight) for module in _modules_around(self.model, name)}
+        for owner, label, found, target in self.reaching(inside | around | {id(weight)}):
+            if found is None and id(target) in inside:
                 return f"used by {label}, whose source is not to be had"
+            if found is None:
+                continue
+            if isinstance(target, nn.Module) and not found.is_call:
+                return f"{label} runs a module around it with other parameters than its own (functional_call)"
             if target is weight and not found.is_call:
                 return f"used by {label}"
             if id(target) in inside and (id(target) not in scopes or target is owner) and target is not owner:
@@ -350,6 +355,10 @@ class Survey:
                 why = reading.unread.get(label.rsplit(".", 1)[-1], "") if reading else ""
                 return f"used by {label}" + (f", which {why.partition(' ')[2]}" if why else "")
         return ""
+
+    def names_of(self, weight: nn.Parameter) -> list[str]:
+        """The names of the modules that own a weight."""
+        return [self.names[id(owner)] for owner, _ in self.owners[id(weight)]]
 
     def relied_on(
         self,
@@ -484,6 +493,14 @@ def _between(scope: nn.Module, producer: str) -> set[int]:
         module = child
         inside.add(id(module))
     return inside
+
+
+def _modules_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """A module and all those above it, the root included."""
+    yield model
+    for part in name.split(".") if name else ():
+        model = submodule(model, part)
+        yield model
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -1,0 +1,223 @@
+"""Modules as users write them, compared with what they gave before an operation: same output, or a clear error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neuronsurgery import surgery
+from neuronsurgery.surgery import SurgeryError, Units
+from tests.assertions import TOLERANCES
+
+UNITS = [1, 2, 3, 4]
+
+
+class Parts(nn.Module):
+    """Parameters for the calls below; `forward` has an argument that chooses among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8)])
+        self.batch_norms = nn.ModuleList([nn.BatchNorm1d(8), nn.BatchNorm1d(8)])
+        self.slopes = nn.ModuleList([nn.PReLU(8), nn.PReLU(8)])
+        self.weight = nn.Parameter(torch.randn(8, 4))
+        self.first_bias, self.second_bias = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.kernel, self.last = nn.Parameter(torch.randn(8, 2, 3, 3)), nn.Conv2d(8, 2, 1)
+
+
+class AnotherNorm(Parts):
+    def forward(self, x, other=False):
+        return self.out(F.relu(self.norms[int(other)](self.fc(x))))
+
+
+class AnotherBatchNorm(Parts):
+    def forward(self, x, other=False):
+        return self.out(F.relu(self.batch_norms[int(other)](self.fc(x))))
+
+
+class AnotherSlope(Parts):
+    def forward(self, x, other=False):
+        return self.out(self.slopes[int(other)](self.fc(x)))
+
+
+class AnotherBias(Parts):
+    def forward(self, x, other=False):
+        return self.out(F.relu(F.linear(x, self.weight, self.second_bias if other else self.first_bias)))
+
+
+class AnotherDilation(Parts):
+    def forward(self, x, other=False):
+        reach = 2 if other else 1
+        return self.last(F.relu(F.conv2d(x, self.kernel, None, 1, reach, reach)))
+
+
+class AnotherAxis(Parts):
+    def forward(self, x, other=False):
+        z = self.fc(x)
+        return self.out(F.relu(z.transpose(1, 2) if other else z * 2.0))
+
+
+class AnotherMask(Parts):
+    def forward(self, x, other=None):
+        z = self.fc(x)
+        return self.out(F.relu(z if other is None else z.masked_fill(other, -1.0)))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def made(cls):
+    """A model in float64 whose parameters are all apart from one another."""
+    model = cls().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def assert_near(found, expected):
+    assert float((found - expected).detach().abs().max()) <= TOLERANCES[torch.float64] * 100
+
+
+CHOICES = [
+    (AnotherNorm, "fc", (5, 4)),
+    (AnotherBatchNorm, "fc", (5, 4)),
+    (AnotherSlope, "fc", (5, 4)),
+    (AnotherBias, "weight", (5, 4)),
+    (AnotherDilation, "kernel", (2, 2, 6, 6)),
+]
+
+
+@pytest.mark.parametrize(("cls", "site", "shape"), CHOICES)
+def test_a_call_that_passes_other_parameters_or_settings_is_refused_not_answered_wrongly(cls, site, shape):
+    model, x = made(cls), torch.randn(shape, dtype=torch.float64)
+    before = model(x)
+    surgery.knife(model, Units({site: UNITS}))
+    assert_near(model(x), before)
+    with pytest.raises(SurgeryError, match=site):
+        model(x, True)
+
+
+@pytest.mark.parametrize("cls", [AnotherAxis, AnotherMask])
+def test_a_call_with_other_links_keeps_its_output(cls):
+    model, x = made(cls), torch.randn(5, 8, 4, dtype=torch.float64)
+    other = torch.rand(8, 8) > 0.5 if cls is AnotherMask else True
+    before = model(x), model(x, other)
+    surgery.knife(model, Units({"fc": UNITS}))
+    assert_near(model(x), before[0])
+    assert_near(model(x, other), before[1])
+
+
+class Head(nn.Module):
+    """Returns a pre-activation, for whoever calls it to activate."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class TwoCallers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), Head()
+        self.block, self.out = nn.Sequential(self.head, nn.ReLU()), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = F.relu(self.first(x))
+        return self.out(F.relu(self.head(h)) + self.block(h))
+
+
+def test_a_child_whose_pre_activation_a_forward_and_a_sequential_activate_keeps_its_output():
+    model, x = made(TwoCallers), torch.randn(5, 4, dtype=torch.float64)
+    before = model(x)
+    surgery.knife(model, Units({"head.fc": UNITS}))
+    assert_near(model(x), before)
+
+
+class Stacked(nn.Module):
+    """Three experts of six units each."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x):
+        return F.relu(torch.matmul(x, self.weight)) @ self.last
+
+
+def test_stacked_weights_given_a_vector_name_the_axes_they_miss():
+    model = made(Stacked)
+    surgery.knife(model, Units({"weight": [0, 7]}))
+    with pytest.raises(SurgeryError, match="axes"):
+        model(torch.randn(4, dtype=torch.float64))
+
+
+class StackedBias(Stacked):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(3, 1, 6))
+
+    def forward(self, x):
+        return F.relu(torch.matmul(x, self.weight) + self.bias) @ self.last
+
+
+def test_a_bias_that_adds_an_axis_to_the_product_of_a_vector_is_a_clear_error():
+    model = made(StackedBias)
+    surgery.knife(model, Units({"weight": [0, 7]}))
+    with pytest.raises(SurgeryError, match="axes"):
+        model(torch.randn(4, dtype=torch.float64))
+
+
+class ChosenNoise(Parts):
+    def __init__(self):
+        super().__init__()
+        self.first_noise, self.second_noise = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8, 4))
+        self.register_buffer("draw", torch.randn(8, 4))
+
+    def forward(self, x, other=False):
+        noise = self.second_noise if other else self.first_noise
+        return self.out(F.relu(F.linear(x, self.weight + noise * self.draw, self.first_bias)))
+
+
+def test_a_weight_computed_from_a_parameter_without_frozen_rows_is_a_clear_error():
+    model, x = made(ChosenNoise), torch.randn(5, 4, dtype=torch.float64)
+    before = model(x)
+    surgery.knife(model, Units({"weight": UNITS}))
+    assert_near(model(x), before)
+    with pytest.raises(SurgeryError, match="second_noise"):
+        model(x, True)
+
+
+WIDE_NORMS = {
+    "tokens": (lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm((3, 8)), nn.ReLU(), nn.Linear(8, 2)), (5, 3, 4)),
+    "image": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.LayerNorm((4, 4, 4)), nn.ReLU(), nn.Conv2d(4, 2, 1)
+        ),
+        (5, 3, 8, 8),
+    ),
+    "upsampled": (
+        lambda: nn.Sequential(
+            nn.ConvTranspose2d(3, 8, 2, stride=2), nn.LayerNorm((8, 6, 8)), nn.ReLU(), nn.Conv2d(8, 2, 1)
+        ),
+        (5, 3, 3, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_NORMS)
+def test_a_layer_norm_over_more_axes_than_the_units_can_be_operated_on(name):
+    make, shape = WIDE_NORMS[name]
+    model, x = made(make), torch.randn(shape, dtype=torch.float64)
+    for _ in range(2):
+        before = model(x)
+        surgery.knife(model, Units({"0": [1, 2]}))
+        assert_near(model(x), before)
