@@ -62,7 +62,8 @@ def _activations(
     """The activations of all units, on one axis, with these slots and this bank, in evaluation; and the rows' own."""
     _, _, *values = renewed
     weight, bias = _effective(place, renewed, computed)
-    x = place.product.example(weight, torch.Generator(weight.device).manual_seed(0), place.path.num_axes)
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = place.product.example(weight, generator, place.path.num_axes, place.path.space)
     h = place.product(x, weight, bias, torch.arange(len(weight), device=weight.device))
     rows = h if bank is None else _rows(bank, x, computed)
     axis = -1 if place.product.is_stacked else place.product.unit_axes[0]
@@ -119,7 +120,9 @@ def _passed(
     slots, rows = before
     if isinstance(link, Norm):
         received = bank.entered(index, link, slots, rows)
-        result = link.slots(received, own, (), bank.axis(index, rows))
+        axis = bank.axis(index, rows)
+        result = link.slots(received, own, (), axis)
+        own = [value if value.dim() == 1 else value.movedim(0, axis) for value in own]  # as the module holds them
         return bank.left(index, link, slots, rows, received, result, own)
     return result, rows if isinstance(link, Dropout) else bank.passed(index, link, rows, others)
 

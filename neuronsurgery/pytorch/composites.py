@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from neuronsurgery.composites import Layout, Rows, room_for
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
-from neuronsurgery.pytorch.links import Coupling, Link, Move, is_statistic
+from neuronsurgery.pytorch.links import Coupling, Link, Move, Norm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.unitwise import Kind
 
@@ -62,6 +62,12 @@ class UnitPath:
         """How many axes a pre-activation must have to pass, at least."""
         moves = [link for link in self.links if isinstance(link, Move)]
         return max((link.num_axes for link in moves), default=2)
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The sizes, beside the units', that a normalization over several axes asks of a pre-activation."""
+        norms = [link for link in self.links if isinstance(link, Norm) and link.name != "group_norm"]
+        return max((norm.beside_units for norm in norms), key=len, default=())
 
     def axis(self, index: int, start: int, num_axes: int) -> int:
         """Where the units are as a link is entered, counted from the end."""
@@ -142,6 +148,12 @@ class Composite(nn.Module):
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
+        for source in recipe.sources:
+            if source.name and source.name not in self._buffers:
+                raise SurgeryError(
+                    f"the weight is computed from '{source.path}' now, of which this bank has no frozen rows; call it "
+                    "as before, or undo the operation"
+                )
         stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
         return self.product(x, *recipe.rows(compute, stored, live, self.units), self.units)
 
@@ -162,9 +174,7 @@ class Composite(nn.Module):
         """
         return link.rows(self, rows, self.values(index, link, path), others, self.axis(index, rows, path), module)
 
-    def entered(
-        self, index: int, link: Coupling, slots: Tensor, rows: Tensor, path: UnitPath | None = None
-    ) -> Tensor:
+    def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor, path: UnitPath | None = None) -> Tensor:
         """What the operation of a coupling link receives in the slots' place."""
         return link.enter(self, slots, rows, self.axis(index, rows, path))
 
@@ -241,8 +251,15 @@ class Composite(nn.Module):
             return self.summed(h, rows, self.axis(len((path or self.path).links), rows, path))
         axes = self.product.unit_axes
         last = tuple(range(-len(axes), 0))
-        sizes = h.movedim(axes, last).shape[-len(axes) :]
-        flat = self.summed(h.movedim(axes, last).flatten(-len(axes)), rows, -1)
+        has_axes = h.dim() >= -min(axes)
+        moved = h.movedim(axes, last) if has_axes else h
+        sizes = moved.shape[-len(axes) :]
+        if not has_axes or moved.shape[: -len(axes)] != rows.shape[:-1]:
+            raise SurgeryError(
+                f"activations of shape {tuple(h.shape)} do not have the {self.num_units} units on axes {axes} and "
+                f"{tuple(rows.shape[:-1])} beside them; give the input a batch axis, or undo the operation on this site"
+            )
+        flat = self.summed(moved.flatten(-len(axes)), rows, -1)
         return flat.unflatten(-1, sizes).movedim(last, axes)  # type: ignore[no-untyped-call, no-any-return]
 
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:

@@ -35,9 +35,11 @@ class Linear:
         """Pre-activations of the given rows, (num_rows, in), on the last axis."""
         return F.linear(x, weight, bias)
 
-    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
+    def example(
+        self, weight: Tensor, generator: torch.Generator, num_axes: int = 2, space: Sequence[int] = ()
+    ) -> Tensor:
         """A standard normal input to rows (num_units, in)."""
-        return _normal((64, *[5] * (num_axes - 2), weight.shape[1]), weight, generator)
+        return _normal((64, *(space or [5] * (num_axes - 2)), weight.shape[1]), weight, generator)
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,33 @@ class Convolution:
         channels = first[:, None] + torch.arange(size, device=x.device)
         return x.index_select(axis, channels.reshape(-1))
 
-    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
-        """A standard normal input to rows (num_units, in / groups, *kernel), large enough for kernel and padding."""
+    def example(
+        self, weight: Tensor, generator: torch.Generator, num_axes: int = 2, space: Sequence[int] = ()
+    ) -> Tensor:
+        """A standard normal input to rows (num_units, in / groups, *kernel), large enough for kernel and padding.
+
+        `space` asks for a result of these sizes.
+        """
+        if space:
+            asked = self._sizes_before(weight.shape[2:], space)
+            return _normal((8, weight.shape[1] * self.groups, *asked), weight, generator)
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, weight.shape[2:], strict=True)]
         sizes = (size + 3 + max(self.wrapped_padding, default=0) for size in reach)
         return _normal((8, weight.shape[1] * self.groups, *sizes), weight, generator)
+
+    def _sizes_before(self, kernel: Sequence[int], space: Sequence[int]) -> list[int]:
+        """Sizes of an input whose result has the sizes `space`."""
+        if isinstance(self.padding, str):
+            padding = [
+                0 if self.padding == "valid" else (k - 1) * d / 2 for k, d in zip(kernel, self.dilation, strict=True)
+            ]
+        else:
+            padding = list(self.padding)
+        reach = [d * (k - 1) - 2 * p for d, k, p in zip(self.dilation, kernel, padding, strict=True)]
+        if self.transposed:
+            extra = zip(space, reach, self.output_padding, self.stride, strict=True)
+            return [int((size - r - o - 1) // s) + 1 for size, r, o, s in extra]
+        return [int((size - 1) * s + r) + 1 for size, r, s in zip(space, reach, self.stride, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -172,7 +196,9 @@ class Contraction:
                 places[letter] = torch.zeros_like(places[letter])
         return x.movedim(axes, tuple(range(len(axes))))[tuple(places[letter] for letter in shared)]
 
-    def example(self, weight: Tensor, generator: torch.Generator, num_axes: int = 2) -> Tensor:
+    def example(
+        self, weight: Tensor, generator: torch.Generator, num_axes: int = 2, space: Sequence[int] = ()
+    ) -> Tensor:
         """A standard normal input to rows (num_units, *row_shape)."""
         row = [letter for letter in self.weight if letter not in self.letters]
         known = dict(zip(self.letters, self.sizes, strict=True)) | dict(zip(row, weight.shape[1:], strict=True))

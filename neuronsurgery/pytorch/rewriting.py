@@ -84,9 +84,7 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
         reads = [path for path in home.reads if not path or path.startswith(inside)]
         shortened = tuple(path.removeprefix(inside) for path in reads)
         rewrites = frozenset({Rewrite(chain.inside, bank, tapped, True, home.product, shortened)})
-        inline = frozenset(
-            path.removeprefix(inside) for path in home.inline if path.startswith(inside)
-        )
+        inline = frozenset(path.removeprefix(inside) for path in home.inline if path.startswith(inside))
         yield chain.first, Part(Role.SCOPE, rewrites, frozenset({"forward"}), inline)
     else:
         yield chain.first, Part(Role.PRODUCER)
