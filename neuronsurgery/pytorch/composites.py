@@ -162,6 +162,12 @@ class Composite(nn.Module):
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
+        for source in recipe.sources:
+            if source.name and source.name not in self._buffers:
+                raise SurgeryError(
+                    f"the weight is computed from '{source.path}' now, of which this bank has no frozen rows; call it "
+                    "as before, or undo the operation"
+                )
         stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
         return self.product(x, *recipe.rows(compute, stored, live, self.units), self.units)
 
@@ -271,8 +277,15 @@ class Composite(nn.Module):
             return self.summed(h, rows, self.axis(len((path or self.path).links), rows, path))
         axes = self.product.unit_axes
         last = tuple(range(-len(axes), 0))
-        sizes = h.movedim(axes, last).shape[-len(axes) :]
-        flat = self.summed(h.movedim(axes, last).flatten(-len(axes)), rows, -1)
+        has_axes = h.dim() >= -min(axes)
+        moved = h.movedim(axes, last) if has_axes else h
+        sizes = moved.shape[-len(axes) :]
+        if not has_axes or moved.shape[: -len(axes)] != rows.shape[:-1]:
+            raise SurgeryError(
+                f"activations of shape {tuple(h.shape)} do not have the {self.num_units} units on axes {axes} and "
+                f"{tuple(rows.shape[:-1])} beside them; give the input a batch axis, or undo the operation on this site"
+            )
+        flat = self.summed(moved.flatten(-len(axes)), rows, -1)
         return flat.unflatten(-1, sizes).movedim(last, axes)  # type: ignore[no-untyped-call, no-any-return]
 
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:

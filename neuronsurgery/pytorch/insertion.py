@@ -145,8 +145,11 @@ def _shape_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
 
 def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Node, fx.Node]) -> None:
     """Evaluate the bank beside its producer, and sum where the activation comes out; observe what consumers get."""
-    h = use.last
-    rows = _rows_of_module(graph, use) if use.is_module else _rows_of_function(graph, use, rewrite.bank, composites)
+    if use.is_module:
+        z, rows = _rows_of_module(graph, use)
+    else:
+        z, rows = use.node, _rows_of_function(graph, use, rewrite.bank, composites)
+    h = use.last if use.links else z
     if rewrite.bank is not None:
         with graph.inserting_after(rows):
             bank = graph.get_attr(rewrite.bank)
@@ -310,8 +313,8 @@ def _computing(computed: Computed) -> Callable[[Composite, Tensor, Sequence[Any]
     return rows_of
 
 
-def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:
-    """The frozen rows' pre-activations beside a module's call, whose node is replaced."""
+def _rows_of_module(graph: fx.Graph, use: Use) -> tuple[fx.Node, fx.Node]:
+    """A module's output, whose node is replaced, and the frozen rows' pre-activations beside it."""
     with graph.inserting_before(use.node):
         module = graph.get_attr(str(use.node.target))
         pair = graph.call_function(produce, (module, *use.node.args), dict(use.node.kwargs))
@@ -319,4 +322,4 @@ def _rows_of_module(graph: fx.Graph, use: Use) -> fx.Node:
         rows = graph.call_function(operator.getitem, (pair, 1))
     use.node.replace_all_uses_with(z)
     graph.erase_node(use.node)
-    return rows
+    return z, rows

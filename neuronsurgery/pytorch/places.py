@@ -171,8 +171,14 @@ def place_of(
 
 def _bias_path(scope: nn.Module, use: Use) -> str:
     """Where the scope has the bias of a producer, "" where there is none."""
-    named = scope.named_parameters(remove_duplicate=False)
-    return next((name for name, parameter in named if parameter is use.call.bias), "")
+    bias = use.call.bias
+    if bias is None:
+        return ""
+    if use.is_module:  # its own parameters only: a scope may hold many producers
+        named = submodule(scope, use.producer).named_parameters(remove_duplicate=False)
+        return next((f"{use.producer}.{name}" for name, parameter in named if parameter is bias), "")
+    read = (str(n.target) for node in use.producing for n in node.all_input_nodes if n.op == "get_attr")
+    return next((path for path in read if getattr(*_owner(scope, path), None) is bias), "")
 
 
 def _axes(source: Source) -> UnitAxes:

@@ -180,7 +180,7 @@ class ChosenNoise(Parts):
     def __init__(self):
         super().__init__()
         self.first_noise, self.second_noise = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8, 4))
-        self.register_buffer("draw", torch.randn(8, 4))
+        self.draw = nn.Buffer(torch.randn(8, 4))
 
     def forward(self, x, other=False):
         noise = self.second_noise if other else self.first_noise
