@@ -302,7 +302,6 @@ class Norm:
     eps: float | None
     tensors: tuple[str, ...]
     kind: Kind = Kind.NEUTRAL
-    beside_units: tuple[int, ...] = ()  # `shape` without the units' axis
 
     def slots(self, z: Tensor, values: Sequence[Tensor], others: Sequence[Any], axis: int) -> Tensor:
         mean, scale = self._statistics(z, axis)

@@ -182,8 +182,7 @@ def _norm(
             if name == "group_norm" and tensor.numel() != num_units:
                 return f"'{name}' normalizes {tensor.numel()} channels, which are not its {num_units} units"
             own.append(OwnTensor(label, label, tensor, UnitAxes((max(tensor.dim() + axis, 0),))))
-    beside = () if name == "group_norm" else tuple(s for place, s in enumerate(size, -len(size)) if place != axis)
-    return Norm(name, size, eps, tuple(each.label for each in own), beside_units=beside), tuple(own)
+    return Norm(name, size, eps, tuple(each.label for each in own)), tuple(own)
 
 
 def function_of_module(module: nn.Module, shape: UnitShape | None = None) -> UnitSteps | str:

@@ -12,6 +12,7 @@ from torch.optim import Adam, Optimizer
 from torch.utils import _pytree as pytree
 
 from neuronsurgery import surgery
+from neuronsurgery.pytorch.swapped import swapped_in
 from tests.assertions import Outcome, outcome, output_errors
 from tests.zoo.observing import Hidden, hidden_units
 from tests.zoo.specimen import Batch, Specimen, run
@@ -89,7 +90,9 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """What discovery may call the producer that owns a parameter: the module, or the parameter, by any of its names."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     aliases: dict[str, list[str]] = {name: [] for name in first.values()}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    with swapped_in(model):  # names that parameters have only while they are used count as well
+        named = list(model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
         plain = name.partition(".parametrizations.")[0]
         owner = plain if plain != name else plain.rpartition(".")[0]
         aliases[first[id(parameter)]] += [*([owner] if owner else []), name]

@@ -15,9 +15,10 @@ __all__ = ["Batch", "Exemption", "Specimen", "mean_square", "run"]
 Batch = tuple[Any, ...] | dict[str, Any]
 """The arguments of one call of a model."""
 
-Exemption = Literal["recurrent", "fused", "tied", "range-bearing", "spectral"]
-"""More than a fifth of the units are, by build: gates of a recurrent cell; in torch's fused layers; computed with
-weights that are read in another role too; of a range that carries meaning; computed with weights under a spectral norm.
+Exemption = Literal["recurrent", "fused", "tied", "range-bearing", "spectral", "stacked"]
+"""More than a fifth of the units are, by build: gates of a recurrent cell; in one weight with others, for experts that
+values choose; computed with weights that are read in another role too; of a range that carries meaning; computed with
+weights under a spectral norm; in networks of several agents, stacked and run under vmap.
 """
 
 
