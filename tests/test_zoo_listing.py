@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from neuronsurgery import surgery
+from neuronsurgery.pytorch.swapped import swapped_in
 from tests.zoo import SPECIMENS
 from tests.zoo.multiplied import multiplied_parameters
 from tests.zoo.specimen import run
@@ -28,8 +29,9 @@ def unlisted(model: nn.Module, inputs: Any) -> set[str]:
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not is_listed(name, listed)
     }
     aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    with swapped_in(model):  # names that parameters have only while they are used count as well
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            aliases.setdefault(id(parameter), []).append(name)
     named = dict(model.named_parameters())
     return modules | {name for name in wanted if not any(is_listed(a, listed) for a in aliases[id(named[name])])}
 
@@ -92,10 +94,26 @@ def test_a_parameter_that_is_part_of_the_weight_of_a_site_is_not_declined():
     assert len(found) == 1 and not found.declined
 
 
-def test_parameters_that_are_swapped_in_are_listed_with_what_to_do():
-    declined = surgery.discover(BY_NAME["MultiAgentMLP, shared"].make()).declined
+def test_parameters_of_several_networks_that_are_swapped_in_are_listed_with_what_to_do():
+    declined = surgery.discover(BY_NAME["MultiAgentMLP, own weights"].make()).declined
     assert {"_empty_net.0", "params.0.weight"} <= set(declined)
-    assert all("swapped in at run time" in reason and "use_td_params=False" in reason for reason in declined.values())
+    assert all("swapped in at run time" in reason and "share_params=True" in reason for reason in declined.values())
+
+
+def test_a_network_whose_shared_parameters_are_swapped_in_keeps_its_parameters_names_and_buffers():
+    specimen = BY_NAME["MultiAgentMLP, shared"]
+    model: Any = specimen.make()
+    names, parameters = list(model.state_dict()), [id(parameter) for parameter in model.parameters()]
+    found = surgery.discover(model)
+    assert list(found) == ["_empty_net.0", "_empty_net.2"] and list(model.state_dict()) == names
+    optimizer = torch.optim.Adam(model.parameters())
+    before = model(*specimen.example())
+    report = surgery.knife(model, surgery.Units({"_empty_net.0": [1, 4]}), optimizer=optimizer)
+    assert torch.allclose(model(*specimen.example()), before)
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert [name for name in model.state_dict() if name in names] == names
+    surgery.undo(model, report, optimizer=optimizer)
+    assert torch.equal(model(*specimen.example()), before) and list(model.state_dict()) == names
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from neuronsurgery.pytorch.mirroring import original_class
@@ -27,7 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def swapped_in(model: nn.Module) -> Iterator[None]:
     """Parameters that agents share are in the layers of their network for as long as the context is open."""
     with ExitStack() as stack:
-        for module in list(model.modules()):
+        own = [each for each in model.modules() if not isinstance(each, torch.jit.ScriptModule)]
+        for module in own:
             shell = module._modules.get("_empty_net")
             held: Any = module._modules.get("params")
             if shell is not None and held is not None and holds_for_others(held) and _is_shared(module):
