@@ -18,6 +18,7 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.computed_modules import frozen_rows
 from neuronsurgery.pytorch.links import Dropout, Norm, SyncBatchNorm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
+from neuronsurgery.pytorch.products import Convolution
 from neuronsurgery.pytorch.taps import observed_weight, offset_of, tap
 
 __all__ = ["FORWARDS", "Role", "carry", "produce"]
@@ -44,7 +45,16 @@ def produce(producer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
 
 
 def rows_of(producer: nn.Module, bank: Any, received: Tensor) -> Tensor:
-    """The frozen rows' pre-activations for the input that a producer received."""
+    """The frozen rows' pre-activations for the input that a producer received.
+
+    Raises:
+        SurgeryError: the settings of a convolution are others than those that its bank was made for.
+    """
+    if isinstance(bank.product, Convolution) and not bank.product.is_of(producer):
+        raise SurgeryError(
+            f"the settings of this {original_class(producer).__name__} (stride, padding, dilation, groups, padding "
+            "mode) are others than those that its bank was made for; undo the operation before you change them"
+        )
     return bank(received) if bank.recipe is None else frozen_rows(producer, bank, received)
 
 

@@ -81,6 +81,16 @@ class Convolution:
             return ROWS
         return UnitAxes((1,)) if self.groups == 1 else UnitAxes((0, 2), self.groups)
 
+    def is_of(self, module: Any) -> bool:
+        """Whether a module still convolves in this way."""
+        return (
+            module.stride == self.stride
+            and module.padding == self.padding
+            and module.dilation == self.dilation
+            and module.groups == self.groups
+            and module.padding_mode == self.padding_mode
+        )
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor | None = None) -> Tensor:
         """Pre-activations of the given rows, (num_rows, in / groups, *kernel), on the unit axis."""
         groups = 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from neuronsurgery import surgery
 from neuronsurgery.surgery import SurgeryError, Units
@@ -221,3 +223,25 @@ def test_a_layer_norm_over_more_axes_than_the_units_can_be_operated_on(name):
         before = model(x)
         surgery.knife(model, Units({"0": [1, 2]}))
         assert_near(model(x), before)
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(3, 5, 3), nn.Conv1d(5, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(torch.relu(self.conv(x)))
+
+
+@pytest.mark.parametrize("build", [Convolved, lambda: nn.Sequential(nn.Conv1d(3, 5, 3), nn.ReLU(), nn.Conv1d(5, 2, 1))])
+def test_a_convolution_whose_settings_changed_after_the_operation_is_an_error(build: Any):
+    model = build()
+    name = next(iter(surgery.discover(model)))
+    surgery.knife(model, surgery.Units({name: [1]}))
+    conv: Any = dict(model.named_modules())[name]
+    conv.dilation = conv.padding = (2,)
+    with pytest.raises(surgery.SurgeryError, match=r"settings of this Conv1d .* undo the operation before you change"):
+        model(torch.randn(2, 3, 9))
+    conv.dilation, conv.padding = (1,), (0,)
+    assert model(torch.randn(2, 3, 9)).shape == (2, 2, 7)
