@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
-from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.composites import Composite, check_in_place
 from neuronsurgery.pytorch.computed_modules import frozen_rows
 from neuronsurgery.pytorch.links import Dropout, Norm, SyncBatchNorm, UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class
@@ -147,6 +147,8 @@ def _passed_by(module: nn.Module, original: Forward, carried: Carried, slots: Te
     if original_class(module).__qualname__ != bank.path.classes[index]:
         raise _replaced(carried, module)
     link = bank.path.links[index]
+    if link.tensors:
+        check_in_place(bank, module)
     if isinstance(link, SyncBatchNorm):
         return bank.together(index, link, module, slots, rows)
     if isinstance(link, (Norm, Dropout)):

@@ -22,7 +22,7 @@ from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, S
 from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.unitwise import Kind
 
-__all__ = ["Composite", "UnitPath", "frozen_names"]
+__all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
 
 STRUCTURE_FORMAT = 1
 
@@ -90,6 +90,24 @@ class UnitPath:
         return start
 
 
+PASSED_BY = "_neuronsurgery_passed_by"
+"""The attribute of a module on a path that names the sites whose banks hold copies of its tensors."""
+
+
+def check_in_place(bank: Composite, module: nn.Module) -> None:
+    """See that a module on the path is the one whose tensors the bank's rows have copies of.
+
+    Raises:
+        SurgeryError: it was exchanged after the operation.
+    """
+    if not torch.compiler.is_compiling() and bank.site not in module.__dict__.get(PASSED_BY, ()):
+        raise SurgeryError(
+            f"a {type(module).__name__} between the producer {bank.site!r} and its activation function was exchanged "
+            "after the operation, and the bank's rows pass the one that was there; undo the operation before you "
+            "exchange it"
+        )
+
+
 def frozen_names(path: UnitPath, extras: Sequence[str] = ()) -> tuple[str, ...]:
     """The names of a bank's buffers with one value a row: weights, biases, the path's own tensors, and the extras.
 
@@ -129,6 +147,7 @@ class Composite(nn.Module):
         super().__init__()
         self.product, self.path, self.num_units = product, path, num_units
         self.rows, self.recipe = rows, recipe
+        self.site = ""
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
         for name, value in self.tables(rows).items():

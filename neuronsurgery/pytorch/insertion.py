@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.errors import UntraceableError
 from neuronsurgery.pytorch.calls import default_call
 from neuronsurgery.pytorch.carrying import carry, produce
-from neuronsurgery.pytorch.composites import Composite, UnitPath
+from neuronsurgery.pytorch.composites import Composite, UnitPath, check_in_place
 from neuronsurgery.pytorch.computing import Computed
 from neuronsurgery.pytorch.following import LinkUse
 from neuronsurgery.pytorch.links import (
@@ -154,6 +154,9 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
         with graph.inserting_after(rows):
             bank = graph.get_attr(rewrite.bank)
         for index, link_use in enumerate(use.links):
+            if link_use.module and link_use.link.tensors:
+                with graph.inserting_before(link_use.node):
+                    graph.call_function(check_in_place, (bank, graph.get_attr(link_use.module)))
             insert = _insert_coupling if is_coupling(link_use.link) else _insert_link
             h, rows = insert(graph, bank, (index, use.path), link_use, rows, composites)
         if not rewrite.is_open:

@@ -21,7 +21,7 @@ from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
-from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.composites import PASSED_BY, Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
@@ -172,7 +172,9 @@ def _extended_bank(
         compensation = knowledge if drawn is None else drawn
         frozen = [] if old is None else [old.live(name)]
         values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
-    return Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe)
+    bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe)
+    bank.site = place.site.name
+    return bank
 
 
 def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -211,6 +213,9 @@ def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
     if old is None:
         for owner, name in place.owners:
             yield SetItem(owner._modules, name, bank)
+        for module in place.passed_modules:
+            sites = module.__dict__.get(PASSED_BY, frozenset())
+            yield SetItem(vars(module), PASSED_BY, sites | {bank.site})
         return
     for name, value in bank._buffers.items():
         current = old._buffers[name]
@@ -317,6 +322,9 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
     if len(kept) == 0:
         for owner, name in place.owners:
             yield RemoveItem(owner._modules, name)
+        for module in place.passed_modules:
+            left = module.__dict__.get(PASSED_BY, frozenset()) - {bank.site}
+            yield SetItem(vars(module), PASSED_BY, left) if left else RemoveItem(vars(module), PASSED_BY)
         return
     keep = torch.from_numpy(np.flatnonzero(~mask)).to(place.weight.device)
     values = [None if value is None else value.index_select(0, keep) for value in live]

@@ -117,6 +117,17 @@ class Place:
         """The slots that an operation renews; None where there are none."""
         return tuple(slots if slots is not None and slots.is_renewed else None for slots in self.slots)
 
+    @property
+    def passed_modules(self) -> tuple[nn.Module, ...]:
+        """The modules on the path that have tensors of their own, in all homes."""
+        found: dict[int, nn.Module] = {}
+        for home in self.homes:
+            for link, path in zip(self.path.links, home.modules, strict=True):
+                if path and link.tensors:
+                    module = submodule(home.scope, path)
+                    found[id(module)] = module
+        return tuple(found.values())
+
     def rows(self, tensor: Tensor) -> Tensor:
         """All units' rows of the weight or a tensor of its shape, (num_units, *row_shape)."""
         return self.product.axes.rows(tensor.detach())

@@ -83,7 +83,7 @@ class Convolution:
 
     def is_of(self, module: Any) -> bool:
         """Whether a module still convolves in this way."""
-        return (
+        return bool(
             module.stride == self.stride
             and module.padding == self.padding
             and module.dilation == self.dilation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -245,3 +246,25 @@ def test_a_convolution_whose_settings_changed_after_the_operation_is_an_error(bu
         model(torch.randn(2, 3, 9))
     conv.dilation, conv.padding = (1,), (0,)
     assert model(torch.randn(2, 3, 9)).shape == (2, 2, 7)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(6), lambda: nn.BatchNorm1d(6), lambda: nn.PReLU(6)])
+def test_a_module_on_the_path_that_was_exchanged_after_the_operation_is_an_error(make: Any):
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm, self.out = nn.Linear(4, 6), make(), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.out(torch.relu(self.norm(self.fc(x))))
+
+    model, x = Normed(), torch.randn(5, 4)
+    report = surgery.knife(model, Units({"fc": [1, 4]}))
+    old, model.norm = model.norm, make()
+    with pytest.raises(SurgeryError, match=r"between the producer 'fc' and its activation function was exchanged"):
+        model(x)
+    model.norm = old
+    before = copy.deepcopy(model)(x)
+    assert torch.allclose(model(x), before)
+    surgery.undo(model, report)
+    assert not [name for name in vars(old) if name.startswith("_neuronsurgery")]
