@@ -165,7 +165,8 @@ def place_of(
         *(Slots(tensor, module, attribute, _axes(s)) for s, tensor, module, attribute in extras.values()),
     )
     slots = (slots[0], *(each and replace(each, is_own=is_own(each.tensor, each.owner)) for each in slots[1:]))
-    unique = {(id(h.scope), h.method, h.producer): h for h in homes}
+    # a scope that calls the layer itself is a home beside one that only looks into a child which calls it
+    unique = {(id(h.scope), h.method, h.producer, h.origins): h for h in homes}
     return Place(site, weight, use.product, use.path, slots, at, tuple(unique.values()), computed)
 
 

@@ -196,6 +196,28 @@ def test_a_weight_computed_from_a_parameter_without_frozen_rows_is_a_clear_error
         model(x, True)
 
 
+class Inner(Parts):
+    def forward(self, x):
+        return self.out(F.relu(F.linear(x, self.weight)))
+
+
+class CallsWhatItsChildCalls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Inner()
+
+    def forward(self, x):
+        h = self.part.out(F.relu(F.linear(x, self.part.weight)))
+        return self.part(x) + h
+
+
+def test_a_layer_that_a_scope_calls_before_a_child_of_it_calls_it_too_keeps_its_output():
+    model, x = made(CallsWhatItsChildCalls), torch.randn(5, 4, dtype=torch.float64)
+    before = model(x)
+    surgery.knife(model, Units({"part.weight": UNITS}))
+    assert_near(model(x), before)
+
+
 WIDE_NORMS = {
     "tokens": (lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm((3, 8)), nn.ReLU(), nn.Linear(8, 2)), (5, 3, 4)),
     "image": (
