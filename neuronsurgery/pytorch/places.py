@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Home:
     origins: tuple[str, ...] = ()  # of the producer and each link: the inlined child that it comes from, or ""
     product: Product | None = None
     reads: tuple[str, ...] = ()  # the paths of the bias, "" where there is none, and of the links' own tensors
+    sources: tuple[tuple[str, str], ...] = ()  # buffer name and path of what computed weights come from beside these
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +131,8 @@ def place_of(
     is_own: Callable[[Tensor, nn.Module], bool],
 ) -> Place:
     """The place of a weight whose uses agree: the first Sequential among them says which modules the path passes."""
+    computed = tuple(use.call.computed for _, _, use in entries if use.call.computed is not None)
+    extras = {each[0].name: each for found in computed for each in found.extras}
     homes = [
         Home(
             r.scope,
@@ -141,6 +144,7 @@ def place_of(
             use.origins,
             use.product,
             (_bias_path(r.scope, use), *(own.path for own in use.own)),
+            () if use.is_module else _source_paths(r.scope, {key: tensor for key, (_, tensor, *_) in extras.items()}),
         )
         for r, method, use in entries
     ]
@@ -156,8 +160,6 @@ def place_of(
         num_units=use.product.axes.num_units(weight.shape),
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
     )
-    computed = tuple(use.call.computed for _, _, use in entries if use.call.computed is not None)
-    extras = {each[0].name: each for found in computed for each in found.extras}
     slots = (
         Slots(weight, *owners[0], use.product.axes, is_weight=True),
         _bias_slots(use, owners[0][0]),
@@ -180,6 +182,12 @@ def _bias_path(scope: nn.Module, use: Use) -> str:
         return next((f"{use.producer}.{name}" for name, parameter in named if parameter is bias), "")
     read = (str(n.target) for node in use.producing for n in node.all_input_nodes if n.op == "get_attr")
     return next((path for path in read if getattr(*_owner(scope, path), None) is bias), "")
+
+
+def _source_paths(scope: nn.Module, sources: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+    """Where the scope has what its homes and all others compute the weight from, by the names of the buffers."""
+    paths = {id(p): path for path, p in scope.named_parameters(remove_duplicate=False)} if sources else {}
+    return tuple((name, paths[id(tensor)]) for name, tensor in sources.items() if id(tensor) in paths)
 
 
 def _axes(source: Source) -> UnitAxes:
