@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,8 @@ class Rewrite:
     """One site in one scope: the paths of the producer and of its bank, if any, and whether it is observed.
 
     `is_open`: the scope returns its pre-activations, for the next child of a Sequential to take on. `product` and
-    `reads`, the paths of the bias ("": none) and of the path's own tensors, are what the bank has rows for.
+    `reads`, the paths of the bias ("": none) and of the path's own tensors, are what the bank has rows for; so are
+    `sources`, what a computed weight may come from beside these: the bank's buffer and the path of each.
     """
 
     producer: str
@@ -48,6 +49,7 @@ class Rewrite:
     is_open: bool = False
     product: Product | None = None
     reads: tuple[str, ...] = ()
+    sources: tuple[tuple[str, str], ...] = ()
 
 
 def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite]) -> tuple[Guard, ...]:
@@ -86,6 +88,19 @@ def _check_made_for(use: Use, scope: nn.Module, rewrite: Rewrite) -> None:
         raise UntraceableError(
             f"here '{use.producer}' or what its units pass has other parameters than those its bank was made for"
         )
+    _check_sources(use, scope, dict(rewrite.sources))
+
+
+def _check_sources(use: Use, scope: nn.Module, paths: Mapping[str, str]) -> None:
+    """A bank names its buffers by the last part of a path alone, which two modules' parameters may share."""
+    if use.is_module or use.call.computed is None:  # what a module computes its weight from is its own
+        return
+    for source, tensor, *_ in use.call.computed.extras:
+        if source.name not in paths or _tensor_at(scope, paths[source.name]) is not tensor:
+            raise UntraceableError(
+                f"here the weight of '{use.producer}' is computed from '{source.path}', of which its bank has no "
+                "frozen rows"
+            )
 
 
 def _tensor_at(scope: nn.Module, path: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Home:
     origins: tuple[str, ...] = ()  # of the producer and each link: the inlined child that it comes from, or ""
     product: Product | None = None
     reads: tuple[str, ...] = ()  # the paths of the bias, "" where there is none, and of the links' own tensors
+    sources: tuple[tuple[str, str], ...] = ()  # buffer name and path of what computed weights come from beside these
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +142,8 @@ def place_of(
     is_own: Callable[[Tensor, nn.Module], bool],
 ) -> Place:
     """The place of a weight whose uses agree: the first Sequential among them says which modules the path passes."""
+    computed = tuple(use.call.computed for _, _, use in entries if use.call.computed is not None)
+    extras = {each[0].name: each for found in computed for each in found.extras}
     homes = [
         Home(
             r.scope,
@@ -152,6 +155,7 @@ def place_of(
             use.origins,
             use.product,
             (_bias_path(r.scope, use), *(own.path for own in use.own)),
+            () if use.is_module else _source_paths(r.scope, {key: tensor for key, (_, tensor, *_) in extras.items()}),
         )
         for r, method, use in entries
     ]
@@ -167,8 +171,6 @@ def place_of(
         num_units=use.product.axes.num_units(weight.shape),
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
     )
-    computed = tuple(use.call.computed for _, _, use in entries if use.call.computed is not None)
-    extras = {each[0].name: each for found in computed for each in found.extras}
     slots = (
         Slots(weight, *owners[0], use.product.axes, is_weight=True),
         _bias_slots(use, owners[0][0]),
@@ -176,7 +178,8 @@ def place_of(
         *(Slots(tensor, module, attribute, _axes(s)) for s, tensor, module, attribute in extras.values()),
     )
     slots = (slots[0], *(each and replace(each, is_own=is_own(each.tensor, each.owner)) for each in slots[1:]))
-    unique = {(id(h.scope), h.method, h.producer): h for h in homes}
+    # a scope that calls the layer itself is a home beside one that only looks into a child which calls it
+    unique = {(id(h.scope), h.method, h.producer, h.origins): h for h in homes}
     return Place(site, weight, use.product, use.path, slots, at, tuple(unique.values()), computed)
 
 
@@ -190,6 +193,12 @@ def _bias_path(scope: nn.Module, use: Use) -> str:
         return next((f"{use.producer}.{name}" for name, parameter in named if parameter is bias), "")
     read = (str(n.target) for node in use.producing for n in node.all_input_nodes if n.op == "get_attr")
     return next((path for path in read if getattr(*_owner(scope, path), None) is bias), "")
+
+
+def _source_paths(scope: nn.Module, sources: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+    """Where the scope has what its homes and all others compute the weight from, by the names of the buffers."""
+    paths = {id(p): path for path, p in scope.named_parameters(remove_duplicate=False)} if sources else {}
+    return tuple((name, paths[id(tensor)]) for name, tensor in sources.items() if id(tensor) in paths)
 
 
 def _axes(source: Source) -> UnitAxes:

@@ -69,7 +69,7 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
     """Who takes part in a home: its scope alone, or in a Sequential its children."""
     if not is_sequential(home.scope) or home.method != "forward":
         bank = bank_path(home.scope, home.producer) if has_bank else None
-        rewrites = frozenset({Rewrite(home.producer, bank, tapped, False, home.product, home.reads)})
+        rewrites = frozenset({Rewrite(home.producer, bank, tapped, False, home.product, home.reads, home.sources)})
         role = Role.SEQUENTIAL if is_sequential(home.scope) else Role.SCOPE
         yield home.scope, Part(role, rewrites, frozenset({home.method}), home.inline)
         return
@@ -83,7 +83,8 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
         inside = f"{chain.first_path}."
         reads = [path for path in home.reads if not path or path.startswith(inside)]
         shortened = tuple(path.removeprefix(inside) for path in reads)
-        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, True, home.product, shortened)})
+        sources = tuple((name, path.removeprefix(inside)) for name, path in home.sources if path.startswith(inside))
+        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, True, home.product, shortened, sources)})
         inline = frozenset(path.removeprefix(inside) for path in home.inline if path.startswith(inside))
         yield chain.first, Part(Role.SCOPE, rewrites, frozenset({"forward"}), inline)
     else:

@@ -435,6 +435,7 @@ def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
     bias = first.call.bias
     if bias is not None and not bias.requires_grad:
         return "its bias is frozen"
+    known = _sources(first)
     for reading, method, use in entries[1:]:
         place = f"{original_class(reading.scope).__name__}.{method}"
         if use.call.bias is not bias:
@@ -442,7 +443,9 @@ def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
         assert use.path is not None and first.path is not None
         if use.product != first.product or use.path.links != first.path.links:
             return f"it passes another activation function in {place}"
-        if _sources(use) and _sources(first) and not _sources(use).items() >= _sources(first).items():
+        found = _sources(use)
+        is_less = bool(found and _sources(first)) and not found.items() >= _sources(first).items()
+        if is_less or any(known.setdefault(name, tensor) != tensor for name, tensor in found.items()):
             return f"its weight is computed from other parameters in {place}"
         if any(a.tensor is not b.tensor for a, b in zip(use.own, first.own, strict=True)):
             return f"it passes an activation function with other parameters in {place}"

@@ -199,6 +199,103 @@ def test_a_weight_computed_from_a_parameter_without_frozen_rows_is_a_clear_error
         model(x, True)
 
 
+class Inner(Parts):
+    def forward(self, x):
+        return self.out(F.relu(F.linear(x, self.weight)))
+
+
+class CallsWhatItsChildCalls(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = Inner()
+
+    def forward(self, x):
+        h = self.part.out(F.relu(F.linear(x, self.part.weight)))
+        return self.part(x) + h
+
+
+def test_a_layer_that_a_scope_calls_before_a_child_of_it_calls_it_too_keeps_its_output():
+    model, x = made(CallsWhatItsChildCalls), torch.randn(5, 4, dtype=torch.float64)
+    before = model(x)
+    surgery.knife(model, Units({"part.weight": UNITS}))
+    assert_near(model(x), before)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.sig = nn.Parameter(torch.randn(8, 4))
+
+
+class ChosenScale(Parts):
+    """Computes its weight from one of two tensors that have the same name in their modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = Scale(), Scale()
+        self.draw = nn.Buffer(torch.randn(8, 4))
+
+    def forward(self, x, other=False):
+        return self.out(F.relu(F.linear(x, self.weight + (self.q if other else self.p).sig * self.draw)))
+
+
+@pytest.mark.parametrize("prefix", ["", "0."])
+def test_a_weight_computed_from_a_namesake_of_what_the_bank_has_rows_of_is_refused(prefix):
+    part, x = made(ChosenScale), torch.randn(5, 4, dtype=torch.float64)
+    model = nn.Sequential(part) if prefix else part
+    before = model(x)
+    surgery.knife(model, Units({f"{prefix}weight": UNITS}))
+    assert_near(model(x), before)
+    with pytest.raises(SurgeryError, match=r"weight.*q\.sig"):
+        part(x, True)
+    assert_near(model(x), before)
+
+
+class NoisyInTraining(ChosenScale):
+    """Has its noise in training alone, and a second scope that calls the same layer."""
+
+    def forward(self, x):
+        weight = self.weight + self.p.sig * self.draw if self.training else self.weight * 1.5
+        return self.out(F.relu(F.linear(x, weight)))
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = NoisyInTraining()
+
+    def forward(self, x):
+        z = F.relu(F.linear(x, self.part.weight + self.part.p.sig * self.part.draw))
+        return self.part(x) + self.part.out(z)
+
+
+def test_a_source_that_one_mode_or_one_of_two_scopes_reads_is_known_in_all_of_them():
+    model, x = made(Around), torch.randn(5, 4, dtype=torch.float64)
+    before = [model.train(mode)(x) for mode in (True, False)]
+    surgery.knife(model, Units({"part.weight": UNITS}))
+    for mode, expected in zip((True, False), before, strict=True):
+        assert_near(model.train(mode)(x), expected)
+
+
+class ThreeWays(ChosenScale):
+    """Two methods that compute the weight from namesakes, beside a forward that needs neither."""
+
+    def forward(self, x):
+        return self.out(F.relu(F.linear(x, self.weight * 1.5))) + self.first(x) + self.second(x)
+
+    def first(self, x):
+        return self.out(F.relu(F.linear(x, self.weight + self.p.sig * self.draw)))
+
+    def second(self, x):
+        return self.out(F.relu(F.linear(x, self.weight + self.q.sig * self.draw)))
+
+
+def test_a_weight_that_a_model_computes_from_two_namesakes_is_declined():
+    discovery = surgery.discover(made(ThreeWays))
+    assert "weight" not in discovery.sites
+    assert "other parameters" in discovery.declined["weight"]
+
+
 WIDE_NORMS = {
     "tokens": (lambda: nn.Sequential(nn.Linear(4, 8), nn.LayerNorm((3, 8)), nn.ReLU(), nn.Linear(8, 2)), (5, 3, 4)),
     "image": (
