@@ -254,7 +254,7 @@ def test_a_weight_computed_from_a_namesake_of_what_the_bank_has_rows_of_is_refus
 class NoisyInTraining(ChosenScale):
     """Has its noise in training alone, and a second scope that calls the same layer."""
 
-    def forward(self, x):
+    def forward(self, x):  # type: ignore[override]
         weight = self.weight + self.p.sig * self.draw if self.training else self.weight * 1.5
         return self.out(F.relu(F.linear(x, weight)))
 
