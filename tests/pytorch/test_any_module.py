@@ -280,7 +280,7 @@ def test_a_source_that_one_mode_or_one_of_two_scopes_reads_is_known_in_all_of_th
 class ThreeWays(ChosenScale):
     """Two methods that compute the weight from namesakes, beside a forward that needs neither."""
 
-    def forward(self, x):
+    def forward(self, x):  # type: ignore[override]
         return self.out(F.relu(F.linear(x, self.weight * 1.5))) + self.first(x) + self.second(x)
 
     def first(self, x):
