@@ -89,6 +89,12 @@ class UnitPath:
             start = link.axis_after(start, num_axes)
         return start
 
+    def unit_axes(self, product: Product, num_axes: int) -> tuple[int, ...]:
+        """Where the units of a product are in its activations of so many axes, counted from the end."""
+        if product.is_stacked:
+            return product.unit_axes
+        return (self.axis(len(self.links), product.unit_axes[0], num_axes),)
+
 
 def frozen_names(path: UnitPath, extras: Sequence[str] = ()) -> tuple[str, ...]:
     """The names of a bank's buffers with one value a row: weights, biases, the path's own tensors, and the extras.
