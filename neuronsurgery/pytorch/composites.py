@@ -89,6 +89,12 @@ class UnitPath:
             start = link.axis_after(start, num_axes)
         return start
 
+    def unit_axes(self, product: Product, num_axes: int) -> tuple[int, ...]:
+        """Where the units of a product are in its activations of so many axes, counted from the end."""
+        if product.is_stacked:
+            return product.unit_axes
+        return (self.axis(len(self.links), product.unit_axes[0], num_axes),)
+
 
 PASSED_BY = "_neuronsurgery_passed_by"
 """The attribute of a module on a path that names the sites whose banks hold copies of its tensors."""

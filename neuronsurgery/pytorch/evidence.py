@@ -219,27 +219,25 @@ class SiteSink:
         self.place = place
         self.offset = len(place.path.links)
 
-    def record(self, h: Tensor) -> None:
+    def record(self, h: Tensor, axes: tuple[int, ...] | None = None) -> None:
         if not (self.clock.is_on and torch.is_grad_enabled() and h.requires_grad):
             return
-        self.add(h.detach(), Quantity.ACTIVATION)
+        axes = axes or self.place.path.unit_axes(self.place.product, h.dim())
+        self.add(h.detach(), axes, Quantity.ACTIVATION)
         h.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self.add(gradient.detach(), Quantity.ACTIVATION_GRADIENT)
+            lambda gradient: self.add(gradient.detach(), axes, Quantity.ACTIVATION_GRADIENT)
         )
 
-    def add(self, values: Tensor, quantity: Quantity) -> None:
-        by_unit = _by_unit(self.place, values.abs())
+    def add(self, values: Tensor, axes: tuple[int, ...], quantity: Quantity) -> None:
+        by_unit = _by_unit(self.place, values.abs(), axes)
         total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
         self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
 
 
-def _by_unit(place: Place, h: Tensor) -> Tensor:
-    """The activations of each unit, (num_units, num_samples)."""
-    path, axes = place.path, place.product.unit_axes
-    if not place.product.is_stacked:
-        axes = (path.axis(len(path.links), axes[0], h.dim()),)
+def _by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The activations of each unit, (num_units, num_samples), of those that have their units on these axes."""
     return h.movedim(axes, tuple(range(len(axes)))).reshape(place.site.num_units, -1)
 
 

@@ -78,6 +78,8 @@ def _check_made_for(use: Use, scope: nn.Module, rewrite: Rewrite) -> None:
 
     A forward may choose among several by an argument; a bank holds copies of one choice, which the others would read.
     """
+    if rewrite.product is not None and use.product.axes != rewrite.product.axes:
+        raise UntraceableError(f"here '{use.producer}' numbers its units by other axes of its weight than elsewhere")
     if rewrite.bank is None or rewrite.product is None:
         return
     expected = [_tensor_at(scope, path) for path in rewrite.reads]
@@ -185,10 +187,22 @@ def _insert(graph: fx.Graph, use: Use, rewrite: Rewrite, composites: dict[fx.Nod
         with graph.inserting_after(h):
             observed = graph.get_attr(use.producer)
         with graph.inserting_after(observed):
-            tapped = graph.call_function(tap_producer if use.is_module else tap, (observed, h))
+            tapped = graph.call_function(_tapping(use), (observed, h))
         h.replace_all_uses_with(tapped, delete_user_cb=lambda user: user is not tapped)
         h = tapped
     composites[use.last] = h
+
+
+def _tapping(use: Use) -> Callable[[Any, Tensor], Tensor]:
+    """The tap of activations that have their units where this graph leaves them: another call may move them."""
+    show: Callable[[Any, Tensor, tuple[int, ...]], Tensor] = tap_producer if use.is_module else tap
+    product, path = use.product, use.path
+    assert path is not None
+
+    def tapped(observed: Any, h: Tensor) -> Tensor:
+        return show(observed, h, path.unit_axes(product, h.dim()))
+
+    return tapped
 
 
 def _insert_carrying(graph: fx.Graph, use: Use, rewrite: Rewrite, slots: fx.Node, rows: fx.Node) -> None:

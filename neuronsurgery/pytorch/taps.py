@@ -17,29 +17,32 @@ __all__ = ["Sink", "is_observed", "listening", "observed_weight", "offset_of", "
 
 
 class Sink(Protocol):
-    """Receives the activations of one site; `offset` is how many links it has."""
+    """Receives the activations of one site; `offset` is how many links it has.
+
+    `axes` are those of the units in these activations, None: where the site's own path leaves them.
+    """
 
     offset: int
 
-    def record(self, h: Tensor) -> None: ...
+    def record(self, h: Tensor, axes: tuple[int, ...] | None = None) -> None: ...
 
 
 _SINKS: dict[int, tuple[Sink, ...]] = {}
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def tap(weight: nn.Parameter, h: Tensor) -> Tensor:
+def tap(weight: nn.Parameter, h: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     """Show the activations of the site with this weight to its listeners, if there are any, and pass them on."""
     for sink in _SINKS.get(id(weight), ()):
-        sink.record(h)
+        sink.record(h, axes)
     return h
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def tap_producer(producer: nn.Module, h: Tensor) -> Tensor:
+def tap_producer(producer: nn.Module, h: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     """As `tap`, for the site of a producer module."""
     weight = observed_weight(producer)
-    return h if weight is None else tap(weight, h)
+    return h if weight is None else tap(weight, h, axes)
 
 
 def is_observed(weight: nn.Parameter) -> bool:

@@ -227,14 +227,16 @@ class Scale(nn.Module):
         self.sig = nn.Parameter(torch.randn(8, 4))
 
 
-class ChosenScale(Parts):
-    """Computes its weight from one of two tensors that have the same name in their modules."""
+class TwoScales(Parts):
+    """Two tensors that have the same name in their modules, to compute a weight from."""
 
     def __init__(self):
         super().__init__()
         self.p, self.q = Scale(), Scale()
         self.draw = nn.Buffer(torch.randn(8, 4))
 
+
+class ChosenScale(TwoScales):
     def forward(self, x, other=False):
         return self.out(F.relu(F.linear(x, self.weight + (self.q if other else self.p).sig * self.draw)))
 
@@ -251,8 +253,8 @@ def test_a_weight_computed_from_a_namesake_of_what_the_bank_has_rows_of_is_refus
     assert_near(model(x), before)
 
 
-class NoisyInTraining(ChosenScale):
-    """Has its noise in training alone, and a second scope that calls the same layer."""
+class NoisyInTraining(TwoScales):
+    """Has its noise in training alone."""
 
     def forward(self, x):  # type: ignore[override]
         weight = self.weight + self.p.sig * self.draw if self.training else self.weight * 1.5
@@ -260,6 +262,8 @@ class NoisyInTraining(ChosenScale):
 
 
 class Around(nn.Module):
+    """A second scope that calls the same layer, always with noise."""
+
     def __init__(self):
         super().__init__()
         self.part = NoisyInTraining()
@@ -277,7 +281,7 @@ def test_a_source_that_one_mode_or_one_of_two_scopes_reads_is_known_in_all_of_th
         assert_near(model.train(mode)(x), expected)
 
 
-class ThreeWays(ChosenScale):
+class ThreeWays(TwoScales):
     """Two methods that compute the weight from namesakes, beside a forward that needs neither."""
 
     def forward(self, x):  # type: ignore[override]

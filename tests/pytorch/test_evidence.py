@@ -350,6 +350,51 @@ def test_a_convolutions_units_are_its_channels_and_every_position_is_a_sample(di
     assert evidence.num_samples("0", H) == 3 * 2**dims
 
 
+class Moved(nn.Module):
+    """Has its units on another axis where the caller asks for it, or computes another product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.weight, self.out = nn.Linear(4, 8), nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 2)
+
+    def forward(self, x: Any, is_moved: bool = False) -> Any:
+        z = self.fc(x)
+        return self.out(F.relu(z.transpose(1, 2) if is_moved else z * 2.0))
+
+
+class MovedProduct(Moved):
+    def forward(self, x: Any, is_moved: bool = False) -> Any:
+        return self.out(F.relu(torch.einsum("bti,oi->bot" if is_moved else "bti,oi->bto", x, self.weight)))
+
+
+@pytest.mark.parametrize("is_operated", [False, True])
+@pytest.mark.parametrize(("make", "name"), [(Moved, "fc"), (MovedProduct, "weight")])
+def test_activations_are_counted_by_unit_where_a_call_has_the_units_on_another_axis(make, name, is_operated):
+    model = make()
+    x = torch.randn(5, 8, 4 if make is Moved else 8)
+    z = model.fc(x) if make is Moved else x @ model.weight.T
+    expected = F.relu(z).abs().mean((0, 1)).detach()
+    if is_operated and make is Moved:
+        surgery.knife(model, surgery.Units({name: [1, 2]}))
+    with surgery.observe(model) as evidence:
+        model(x, True).sum().backward()
+    close(evidence.measured(name)[H], expected)
+    with surgery.observe(model) as evidence:
+        model(x).sum().backward()
+    close(evidence.measured(name)[H], expected * (2 if make is Moved else 1))
+
+
+class OtherUnits(Moved):
+    def forward(self, x: Any, is_other: bool = False) -> Any:
+        return self.out(F.relu(x @ self.weight if is_other else F.linear(x, self.weight)))
+
+
+def test_observing_a_call_whose_units_are_others_of_the_same_weight_is_refused():
+    model = OtherUnits()
+    with surgery.observe(model), pytest.raises(surgery.SurgeryError, match=r"weight.*other axes"):
+        model(torch.randn(5, 8), True)
+
+
 @pytest.mark.parametrize("model", ["sequential", "functional", "conv", "shared", "prelu"])
 def test_an_operated_units_activation_is_its_composites_output(model):
     found = subject(model)
