@@ -256,7 +256,7 @@ def test_a_weight_computed_from_a_namesake_of_what_the_bank_has_rows_of_is_refus
 class NoisyInTraining(TwoScales):
     """Has its noise in training alone."""
 
-    def forward(self, x):  # type: ignore[override]
+    def forward(self, x):
         weight = self.weight + self.p.sig * self.draw if self.training else self.weight * 1.5
         return self.out(F.relu(F.linear(x, weight)))
 
@@ -284,7 +284,7 @@ def test_a_source_that_one_mode_or_one_of_two_scopes_reads_is_known_in_all_of_th
 class ThreeWays(TwoScales):
     """Two methods that compute the weight from namesakes, beside a forward that needs neither."""
 
-    def forward(self, x):  # type: ignore[override]
+    def forward(self, x):
         return self.out(F.relu(F.linear(x, self.weight * 1.5))) + self.first(x) + self.second(x)
 
     def first(self, x):
