@@ -24,6 +24,7 @@ from neuronsurgery.pytorch.links import (
     SyncBatchNorm,
     UnitFunction,
     is_coupling,
+    signature,
 )
 from neuronsurgery.pytorch.mirroring import Absent, Guard, Steps, original_class, submodule
 from neuronsurgery.pytorch.products import Product
@@ -40,7 +41,8 @@ class Rewrite:
 
     `is_open`: the scope returns its pre-activations, for the next child of a Sequential to take on. `product` and
     `reads`, the paths of the bias ("": none) and of the path's own tensors, are what the bank has rows for; so are
-    `sources`, what a computed weight may come from beside these: the bank's buffer and the path of each.
+    `sources`, what a computed weight may come from beside these: the bank's buffer and the path of each. `opening` are
+    the links that an open scope holds.
     """
 
     producer: str
@@ -50,6 +52,7 @@ class Rewrite:
     product: Product | None = None
     reads: tuple[str, ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
+    opening: tuple[str, ...] = ()
 
 
 def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite]) -> tuple[Guard, ...]:
@@ -68,6 +71,7 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
             if use.path is None and not (use.followed.is_open and wanted[use.producer].is_open):
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
             _check_made_for(use, scope, wanted[use.producer])
+            _check_opening(use, wanted[use.producer])
             guards += [*_path_guards(use, scope), *_shape_guards(use, scope)]
             _insert(graph, use, wanted[use.producer], composites)
     return tuple(guards)
@@ -91,6 +95,15 @@ def _check_made_for(use: Use, scope: nn.Module, rewrite: Rewrite) -> None:
             f"here '{use.producer}' or what its units pass has other parameters than those its bank was made for"
         )
     _check_sources(use, scope, dict(rewrite.sources))
+
+
+def _check_opening(use: Use, rewrite: Rewrite) -> None:
+    """Children of a Sequential take the rows on from where discovery saw the pre-activation returned."""
+    if rewrite.is_open and tuple(signature(link.link) for link in use.links) != rewrite.opening:
+        raise UntraceableError(
+            f"here what '{use.producer}' computes passes other operations than it did when it was discovered, before "
+            "it is returned to a Sequential"
+        )
 
 
 def _check_sources(use: Use, scope: nn.Module, paths: Mapping[str, str]) -> None:

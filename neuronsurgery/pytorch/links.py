@@ -36,6 +36,7 @@ __all__ = [
     "UnitFunction",
     "is_coupling",
     "is_statistic",
+    "signature",
 ]
 
 
@@ -107,6 +108,12 @@ class Coupling(Link, Protocol):
 def is_coupling(link: Link) -> bool:
     """Whether a link has a hand in what the slots receive and give."""
     return isinstance(link, (Norm, Dropout, SyncBatchNorm))
+
+
+def signature(link: Link) -> str:
+    """What of a link must stay the same for whoever takes its rows on: its kind, its tensors, and how it moves axes."""
+    moves = (link.name, link.arguments) if isinstance(link, Move) else ()
+    return repr((type(link).__name__, link.tensors, moves))
 
 
 def is_statistic(label: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from neuronsurgery.pytorch.carrying import Role
 from neuronsurgery.pytorch.chains import Chain, chain_of, is_sequential
 from neuronsurgery.pytorch.insertion import Rewrite
+from neuronsurgery.pytorch.links import Link, signature
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.places import Home, bank_name
 from neuronsurgery.pytorch.programs import Program, rewritten_class
@@ -38,7 +39,7 @@ def programs_for(discovery: Discovery, banked: Collection[str], tapped: Collecti
     for name, place in discovery.places.items():
         if name in banked or name in tapped:
             for home in place.homes:
-                for module, part in _parts_of(home, name in banked, name in tapped):
+                for module, part in _parts_of(home, place.path.links, name in banked, name in tapped):
                     parts[module] = parts[module].joined(part) if module in parts else part
     return {module: part.program() for module, part in parts.items()}
 
@@ -65,7 +66,7 @@ class Part:
         return Program(self.role, rewrites, tuple(sorted(self.methods)), self.inline, self.is_open)
 
 
-def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Module, Part]]:
+def _parts_of(home: Home, links: Sequence[Link], has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Module, Part]]:
     """Who takes part in a home: its scope alone, or in a Sequential its children."""
     if not is_sequential(home.scope) or home.method != "forward":
         bank = bank_path(home.scope, home.producer) if has_bank else None
@@ -84,7 +85,8 @@ def _parts_of(home: Home, has_bank: bool, tapped: bool) -> Iterator[tuple[nn.Mod
         reads = [path for path in home.reads if not path or path.startswith(inside)]
         shortened = tuple(path.removeprefix(inside) for path in reads)
         sources = tuple((name, path.removeprefix(inside)) for name, path in home.sources if path.startswith(inside))
-        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, True, home.product, shortened, sources)})
+        opening = tuple(signature(link) for link in links[: len(links) - len(chain.links)])
+        rewrites = frozenset({Rewrite(chain.inside, bank, tapped, True, home.product, shortened, sources, opening)})
         inline = frozenset(path.removeprefix(inside) for path in home.inline if path.startswith(inside))
         yield chain.first, Part(Role.SCOPE, rewrites, frozenset({"forward"}), inline)
     else:

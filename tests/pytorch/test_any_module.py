@@ -369,3 +369,31 @@ def test_a_module_on_the_path_that_was_exchanged_after_the_operation_is_an_error
     assert torch.allclose(model(x), before)
     surgery.undo(model, report)
     assert not [name for name in vars(old) if name.startswith("_neuronsurgery")]
+
+
+class Opening(nn.Module):
+    """Returns pre-activations for a Sequential to go on with; an attribute says what they pass here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.way = nn.Linear(4, 8), "scaled"
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.fc(x)
+        if self.way == "moved":
+            return z.transpose(1, 2)
+        return z * 2.0 + 1.0 if self.way == "shifted" else z * 2.0
+
+
+@pytest.mark.parametrize("way", ["moved", "shifted"])
+def test_a_child_that_opens_a_site_another_way_after_the_operation_is_an_error(way: str):
+    model, x = nn.Sequential(Opening(), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 8, 4)
+    opening: Any = model[0]
+    before = model(x)
+    surgery.knife(model, Units({"0.fc": [1, 2]}))
+    assert torch.allclose(model(x), before, atol=1e-6)
+    opening.way = way
+    with pytest.raises(SurgeryError, match="passes other operations than it did when it was discovered"):
+        model(x)
+    opening.way = "scaled"
+    assert torch.allclose(model(x), before, atol=1e-6)
