@@ -322,9 +322,9 @@ class Composite(nn.Module):
         depth = num_terms // 2
         oldest, positive, negative = terms.split([1, depth, depth], axis - 1)
         composites: Tensor = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
-        if self.source is None:
-            return composites
-        return torch.cat([h, composites], axis).index_select(axis, self.source)
+        if self.source is not None:
+            composites = torch.cat([h, composites], axis).index_select(axis, self.source)
+        return _in_memory_as(h, composites)
 
     def get_extra_state(self) -> Tensor:
         """The structure as one int64 tensor, so that state dicts hold tensors only."""
@@ -360,6 +360,15 @@ class Composite(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
+
+
+def _in_memory_as(slots: Tensor, values: Tensor) -> Tensor:
+    """Values laid out as the slots are: random masks behind them are drawn in the order of memory."""
+    if values.stride() == slots.stride():
+        return values
+    order = sorted(range(slots.dim()), key=lambda axis: -slots.stride()[axis])
+    back = [order.index(axis) for axis in range(slots.dim())]
+    return values.permute(order).contiguous().permute(back)
 
 
 def _padded(value: Tensor, room: int) -> Tensor:

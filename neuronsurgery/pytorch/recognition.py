@@ -377,7 +377,7 @@ class UnitSteps:
         tensor = _attribute(argument, self.scope)
         if isinstance(tensor, nn.Parameter):
             is_slope = name == "prelu" and tensor.numel() > 1
-            axes = UnitAxes() if is_slope else self.shape.axes_of(tensor)
+            axes = UnitAxes() if is_slope else None if name == "prelu" else self.shape.axes_of(tensor)
             if axes is not None or tensor.numel() == 1:
                 fresh = _FRESH.get(name)
                 self.own.append(OwnTensor(str(argument.target), str(argument.target), tensor, axes, fresh))

@@ -319,3 +319,25 @@ def test_a_mask_of_dropout_behind_a_norm_over_moved_axes_falls_where_it_fell():
     before = outcome(model, x)
     surgery.knife(model, surgery.Units({"conv": [0, 4]}))
     assert_same_output(before, outcome(model, x), TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_dropout_behind_a_site_draws_the_mask_it_drew_whatever_the_memory_format(layout: torch.memory_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(6, 2, 1))
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(4, 3, 7, 7).contiguous(memory_format=layout)
+    untouched = copy.deepcopy(model)
+    surgery.knife(model, surgery.Units({"0": [0, 4]}))
+    torch.manual_seed(1)
+    found = model(x)
+    torch.manual_seed(1)
+    assert torch.allclose(found, untouched(x), atol=1e-6)
+
+
+def test_one_slope_for_a_layer_of_one_unit_is_shared_and_asks_for_no_axis():
+    model = nn.Sequential(nn.Linear(4, 1), nn.PReLU(), nn.Linear(1, 2))
+    x = torch.randn(3, 5, 4)
+    before = model(x)
+    surgery.knife(model, surgery.Units({"0": [0]}))
+    assert torch.allclose(model(x), before, atol=1e-6)
