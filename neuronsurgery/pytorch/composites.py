@@ -20,7 +20,7 @@ from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
-from neuronsurgery.pytorch.unitwise import Kind
+from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
 
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
 
@@ -324,7 +324,7 @@ class Composite(nn.Module):
         composites: Tensor = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
         if self.source is not None:
             composites = torch.cat([h, composites], axis).index_select(axis, self.source)
-        return _in_memory_as(h, composites)
+        return laid_out_as(composites, h)
 
     def get_extra_state(self) -> Tensor:
         """The structure as one int64 tensor, so that state dicts hold tensors only."""
@@ -360,15 +360,6 @@ class Composite(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
-
-
-def _in_memory_as(slots: Tensor, values: Tensor) -> Tensor:
-    """Values laid out as the slots are: random masks behind them are drawn in the order of memory."""
-    if values.stride() == slots.stride():
-        return values
-    order = sorted(range(slots.dim()), key=lambda axis: -slots.stride()[axis])
-    back = [order.index(axis) for axis in range(slots.dim())]
-    return values.permute(order).contiguous().permute(back)
 
 
 def _padded(value: Tensor, room: int) -> Tensor:

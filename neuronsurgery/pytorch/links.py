@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.syncing import normalize_together
-from neuronsurgery.pytorch.unitwise import Kind, Other, Step, along, evaluate
+from neuronsurgery.pytorch.unitwise import Kind, Other, Step, along, evaluate, laid_out_as
 
 __all__ = [
     "BatchNorm",
@@ -329,7 +329,7 @@ class Norm:
         """The reference: what the statistics are taken of."""
         if self.name == "group_norm":
             _check_axis(rows, axis, self.name)
-        return torch.cat([slots, rows], axis).index_select(axis, table.reference)
+        return laid_out_as(torch.cat([slots, rows], axis).index_select(axis, table.reference), slots)
 
     def leave(
         self,

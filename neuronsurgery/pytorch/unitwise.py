@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Earlier", "Kind", "Other", "PerUnit", "Step", "along", "evaluate", "qualified_name", "resolve"]
+__all__ = [
+    "Earlier",
+    "Kind",
+    "Other",
+    "PerUnit",
+    "Step",
+    "along",
+    "evaluate",
+    "laid_out_as",
+    "qualified_name",
+    "resolve",
+]
 
 
 class Kind(enum.Enum):
@@ -87,6 +98,15 @@ def along(values: Tensor, axis: int) -> Tensor:
     if values.dim() > 1:
         return values.movedim(0, axis)
     return values.reshape(-1, *([1] * (-axis - 1)))
+
+
+def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
+    """Values in the memory order of a tensor of their shape: random masks behind them are drawn in that order."""
+    if values.stride() == like.stride():
+        return values
+    order = sorted(range(like.dim()), key=lambda axis: -like.stride()[axis])
+    back = [order.index(axis) for axis in range(like.dim())]
+    return values.permute(order).contiguous().permute(back)
 
 
 _NAMESPACES = {
