@@ -121,8 +121,16 @@ def is_statistic(label: str) -> bool:
     return label.startswith("running_")
 
 
+class AxesAsTheyAre:
+    """What all links but a move have in common: the units stay where they are."""
+
+    def axis_after(self, axis: int, num_axes: int) -> int:
+        """Where the units are past this link: where they were."""
+        return axis
+
+
 @dataclass(frozen=True)
-class UnitFunction:
+class UnitFunction(AxesAsTheyAre):
     """A function of each unit alone: steps that may read tensors of the path and tensors from elsewhere.
 
     `live` names tensors of the module that all rows read as they are, ahead of the others that a graph passes in.
@@ -159,9 +167,6 @@ class UnitFunction:
         if any(self.per_unit) and any(step.function.endswith(".prelu") for step in self.steps):
             _check_axis(rows, axis, "a PReLU with a slope per unit")
         return evaluate(self.steps, rows, values, [table.gathered(other, axis) for other in others], axis)
-
-    def axis_after(self, axis: int, num_axes: int) -> int:
-        return axis
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Reshape:
+class Reshape(AxesAsTheyAre):
     """Another shape with the units on the last axis as before; rows take the shape that the slots have then."""
 
     name: str
@@ -238,12 +243,9 @@ class Reshape:
             )
         return rows.reshape(*shape[:-1], rows.shape[-1])
 
-    def axis_after(self, axis: int, num_axes: int) -> int:
-        return axis
-
 
 @dataclass(frozen=True)
-class BatchNorm:
+class BatchNorm(AxesAsTheyAre):
     """Batch or instance normalization: statistics of each unit alone, on axis 1; rows keep running ones too."""
 
     name: str
@@ -284,9 +286,6 @@ class BatchNorm:
             return F.instance_norm(z, mean, var, weight, bias, uses_batch, momentum, eps)
         return F.batch_norm(z, mean, var, weight, bias, uses_batch, momentum, eps)
 
-    def axis_after(self, axis: int, num_axes: int) -> int:
-        return axis
-
 
 @dataclass(frozen=True)
 class SyncBatchNorm(BatchNorm):
@@ -301,7 +300,7 @@ class SyncBatchNorm(BatchNorm):
 
 
 @dataclass(frozen=True)
-class Norm:
+class Norm(AxesAsTheyAre):
     """A normalization that couples units: over the last axes (layer, root mean square) or over groups of units."""
 
     name: str  # layer_norm, rms_norm or group_norm
@@ -386,12 +385,9 @@ class Norm:
             z = z * along(named["weight"], axis)
         return z + along(named["bias"], axis) if "bias" in named else z
 
-    def axis_after(self, axis: int, num_axes: int) -> int:
-        return axis
-
 
 @dataclass(frozen=True)
-class Dropout:
+class Dropout(AxesAsTheyAre):
     """Dropout of units, samples or whole channels: what one draw makes of ones multiplies the slots and their rows."""
 
     name: str = "dropout"
@@ -429,9 +425,6 @@ class Dropout:
     ) -> tuple[Tensor, Tensor]:
         """Slots and rows under the mask, which is scaled already."""
         return slots * result, rows * table.gathered(result, axis)
-
-    def axis_after(self, axis: int, num_axes: int) -> int:
-        return axis
 
 
 def _check_axis(rows: Tensor, axis: int, what: str) -> None:

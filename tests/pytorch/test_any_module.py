@@ -397,3 +397,13 @@ def test_a_child_that_opens_a_site_another_way_after_the_operation_is_an_error(w
         model(x)
     opening.way = "scaled"
     assert torch.allclose(model(x), before, atol=1e-6)
+
+
+def test_a_pre_activation_changed_in_place_before_its_other_reader_is_declined():
+    class Shifted(Parts):
+        def forward(self, x: Tensor) -> Any:
+            z = self.fc(x)
+            shifted = z.add_(1.0)
+            return self.out(torch.relu(shifted) * z)
+
+    assert "read 2 times" in surgery.discover(Shifted()).declined["fc"]
