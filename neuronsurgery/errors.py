@@ -8,6 +8,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- SiteError           ValueError     an unknown site or unit
     |-- PlanError           ValueError     a plan that does not fit the model
     |-- OptimizerError      ValueError     an optimizer that owns none of the parameters, or that couples rows
+    |-- ScheduleError       ValueError     a schedule that can never act, or the state of another one
     |-- DrawError           ValueError     an initializer or a generator that draws no fresh weights
     |-- ModelError          TypeError      no module; lazy, quantized, scripted or inference tensors
     |-- EquivalenceError                   the output moved beyond the tolerance; everything was rolled back
@@ -46,6 +47,10 @@ class PlanError(SurgeryError, ValueError):
 
 class OptimizerError(SurgeryError, ValueError):
     """An optimizer that owns none of the model's parameters, or that couples rows."""
+
+
+class ScheduleError(SurgeryError, ValueError):
+    """A schedule that can never act, that was closed or cannot be copied, or the state of another schedule."""
 
 
 class DrawError(SurgeryError, ValueError):

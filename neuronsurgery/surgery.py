@@ -26,6 +26,7 @@ from neuronsurgery.errors import (
     ModelError,
     OptimizerError,
     PlanError,
+    ScheduleError,
     SiteError,
     SurgeryError,
     UndoError,
@@ -35,10 +36,12 @@ from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
+from neuronsurgery.schedules import Act, Scheduling, Settings, needs_of
 from neuronsurgery.scores import Scores
 from neuronsurgery.scores import score as _score
 from neuronsurgery.selection import COOLDOWN, Selection, select
 from neuronsurgery.sites import Site, Sites
+from neuronsurgery.triggers import EVERY_STEP, Every, Last, Plateau, Share, TaskChange, Trigger
 
 if TYPE_CHECKING:
     from neuronsurgery.backend import Backend
@@ -50,26 +53,34 @@ __all__ = [
     "Dormant",
     "DrawError",
     "EquivalenceError",
+    "Every",
     "Evidence",
     "EvidenceError",
     "FormatError",
     "GraMa",
+    "Last",
     "Lowest",
     "Member",
     "ModelError",
     "OptimizerError",
     "Plan",
     "PlanError",
+    "Plateau",
     "Quantity",
     "Random",
     "Report",
+    "Schedule",
+    "ScheduleError",
     "Scores",
     "Selection",
+    "Share",
     "Site",
     "SiteError",
     "Sites",
     "Stagnant",
     "SurgeryError",
+    "TaskChange",
+    "Trigger",
     "UndoError",
     "Units",
     "UntraceableError",
@@ -169,7 +180,12 @@ def discover(model: Any, *, include: Collection[str] = (), example: Any = None) 
 
 
 def observe(
-    model: Any, optimizer: Any = None, every: int = 1, *, sites: Collection[str] = ()
+    model: Any,
+    optimizer: Any = None,
+    every: int = 1,
+    *,
+    sites: Collection[str] = (),
+    criterion: Criterion | str | None = None,
 ) -> AbstractContextManager[Evidence]:
     """Measure a model while it trains, for as long as the `with` block is open.
 
@@ -182,6 +198,8 @@ def observe(
         optimizer: its optimizer, or several.
         every: measure every so many steps.
         sites: names of range-bearing producers to measure as well.
+        criterion: measure no more than it needs: for `"stagnant"` gradients only, so that the model's forwards are left
+            alone. None: all that can be measured.
 
     Example:
         >>> import torch
@@ -195,7 +213,8 @@ def observe(
         >>> evidence.num_steps
         3
     """
-    return _backend(model).observe(model, optimizer, every=every, sites=sites)
+    needs = frozenset(Quantity) if criterion is None else needs_of(as_criterion(criterion))
+    return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs)
 
 
 def probe(
@@ -219,6 +238,88 @@ def probe(
         (16, True)
     """
     return _backend(model).probe(model, batches, loss_fn, sites=sites)
+
+
+class Schedule(Scheduling):
+    """When to look at a model in training and when to operate on it: call `step` after each optimizer step.
+
+    What is counted are optimizer steps that were taken: one that a gradient scaler skips is none, several backward
+    passes that accumulate are one, and several optimizers that take turns count once. A fresh window of steps is
+    measured before each operation, of what the criterion needs only: `"stagnant"` reads gradients in a hook of the
+    optimizer and leaves the model's classes and compiled code alone; criteria of activations have the model's forwards
+    observed while a window is open; `Units` and `Random` need nothing. No state dict of the model shows any of that.
+
+    Args:
+        model: the model that trains; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several.
+        criterion: as for `knife`.
+        operate: when: `Every`, `TaskChange`, `Plateau`, `Share`, combined with `|` and `&`.
+        look: which steps are measured: `Every(k)`, each k-th since the last operation (the default is each), or
+            `Last(n)`, the last n before it.
+        sites: as for `knife`.
+        cooldown: for how many steps of the schedule a fresh unit is passed over.
+        max_units: the most units that one operation takes, those of lowest score first. None: no bound.
+        max_share: the largest share of a site's units that one operation takes. None: no bound.
+        dry_run: return what would be done, a `Plan`, and leave the model alone.
+        verify: as for `knife`, or a function that returns a batch.
+        on_report: is called with each report, in a dry run with each plan.
+        method: a function in the manner of `knife`.
+        generator: as for `knife`; its state becomes part of the schedule's.
+        options: passed on to the method: `max_growth=`, `init=` ...
+
+    Raises:
+        ScheduleError: a schedule that could never act, or options that the method does not take.
+        SiteError: a name that is no site, or a model without any.
+        OptimizerError: no optimizer that trains any of the sites.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> schedule = Schedule(model, optimizer, Lowest(0.25), operate=Every(10), look=Last(5))
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     report = schedule.step()
+        >>> report.num_units, schedule.num_steps
+        (2, 10)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+        *,
+        operate: Trigger,
+        look: Every | Last = EVERY_STEP,
+        sites: Iterable[str] | None = None,
+        cooldown: int = COOLDOWN,
+        max_units: int | None = None,
+        max_share: float | None = None,
+        dry_run: bool = False,
+        verify: Any = None,
+        on_report: Callable[[Any], object] | None = None,
+        method: Callable[..., Report] = knife,
+        generator: Any = None,
+        **options: Any,
+    ) -> None:
+        wanted = as_criterion(criterion)
+        settings = Settings(wanted, operate, look, cooldown, max_units, max_share)
+        names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        if isinstance(wanted, Units):
+            names = list(dict.fromkeys(_forced(names, wanted)))
+        given = {"optimizer": optimizer, "sites": names, "generator": generator, **options}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        act = Act(method, arguments, verify, dry_run, on_report)
+        backend = _backend(model)
+        found = backend.discover(model, include=names or ())
+        found = found if names is None else found.subset(names)
+        _require_sites(found)
+        wanted.check(found)
+        watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), generator=generator)
+        super().__init__(model, backend, watch, settings, act)
 
 
 def score(

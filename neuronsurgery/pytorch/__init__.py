@@ -11,6 +11,7 @@ from neuronsurgery.pytorch.entry import (
     probe,
     seed,
     undo,
+    watch,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "probe",
     "seed",
     "undo",
+    "watch",
 ]

@@ -33,7 +33,21 @@ from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import listening
 from neuronsurgery.pytorch.transaction import run
 
-__all__ = ["check_source", "evidence_of_gradients", "example_outputs", "observe", "probe"]
+__all__ = [
+    "ACTIVATIONS",
+    "Clock",
+    "check_source",
+    "evidence_of_gradients",
+    "example_outputs",
+    "gradients_of",
+    "observe",
+    "probe",
+    "record_step",
+    "tapped",
+]
+
+ACTIVATIONS = frozenset({Quantity.ACTIVATION, Quantity.ACTIVATION_GRADIENT})
+"""What is measured through taps; the other quantities are read from gradients alone."""
 
 
 def evidence_of_gradients(discovery: Discovery) -> Evidence:
@@ -42,7 +56,7 @@ def evidence_of_gradients(discovery: Discovery) -> Evidence:
     Raises:
         EvidenceError: no site's weight has a gradient.
     """
-    present = _gradients(discovery.places)
+    present = gradients_of(discovery.places)
     if discovery.places and not present:
         raise EvidenceError(
             f"no gradients are present: all {len(discovery.places)} sites' weights have .grad None. Call "
@@ -82,14 +96,15 @@ def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
+def record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
+    """Add a step from these gradients; whether they are finite is not waited for."""
     norms = _norms(places, gradients)
     if norms:
         flags = [g.isfinite().all() for _, g in norms.values()]  # stay on the device: nothing waits for it
         evidence.record_step(norms, usable=torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
-def _gradients(places: dict[str, Place]) -> dict[str, Tensor]:
+def gradients_of(places: dict[str, Place]) -> dict[str, Tensor]:
     """The gradients that the weights of these places hold now."""
     return {name: place.weight.grad for name, place in places.items() if place.weight.grad is not None}
 
@@ -104,6 +119,7 @@ def observe(
     *,
     every: int = 1,
     sites: Collection[str] = (),
+    needs: Collection[Quantity] = frozenset(Quantity),
 ) -> Iterator[Evidence]:
     """Measure while the model trains; see `neuronsurgery.surgery.observe`."""
     if every < 1:
@@ -115,7 +131,8 @@ def observe(
     evidence = Evidence(discovery.sites, source=weakref.ref(model))
     clock = Clock(every)
     with ExitStack() as stack:
-        stack.enter_context(tapped(discovery, evidence, clock))
+        if ACTIVATIONS & set(needs):
+            stack.enter_context(tapped(discovery, evidence, clock))
         if optimizers:
             stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock))
         else:
@@ -146,7 +163,7 @@ def _after_optimizer_steps(
 
         def read(*_: Any) -> None:
             if clock.is_on:
-                _record_step(evidence, places, _gradients(places))
+                record_step(evidence, places, gradients_of(places))
             if optimizer is optimizers[-1]:
                 clock.step += 1
 
@@ -164,7 +181,7 @@ def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> I
     def finish() -> None:
         pending.clear()
         if clock.is_on:
-            _record_step(evidence, discovery.places, _gradients(discovery.places))
+            record_step(evidence, discovery.places, gradients_of(discovery.places))
         clock.step += 1
 
     def arrived(_: Tensor) -> None:
@@ -267,7 +284,7 @@ def probe(
             _check_loss(loss)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             present = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
-            _record_step(evidence, discovery.places, present)
+            record_step(evidence, discovery.places, present)
     if evidence.num_steps + evidence.num_skipped == 0:
         raise EvidenceError(
             "probe found no batch, or none whose loss depends on a site's weights; nothing was measured"
