@@ -217,12 +217,14 @@ def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
             sites = module.__dict__.get(PASSED_BY, frozenset())
             yield SetItem(vars(module), PASSED_BY, sites | {bank.site})
         return
-    for name, value in bank._buffers.items():
-        current = old._buffers[name]
-        if current is not None and value is not None and current.shape == value.shape:
-            yield Overwrite(current, value)
-        else:
-            yield SetItem(old._buffers, name, value)
+    tables = bank.tables(bank.rows)
+    for values, held in ((bank._buffers, old._buffers), (tables, vars(old))):
+        for name, value in values.items():
+            current = held[name]
+            if current is not None and value is not None and current.shape == value.shape:
+                yield Overwrite(current, value)
+            else:
+                yield SetItem(held, name, value)
     yield SetItem(vars(old), "rows", bank.rows)
 
 
