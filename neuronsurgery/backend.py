@@ -32,7 +32,13 @@ class Backend(Protocol):
         """Refuse evidence of another model."""
 
     def observe(
-        self, model: Any, optimizer: Any = None, *, every: int = 1, sites: Collection[str] = ()
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        every: int = 1,
+        sites: Collection[str] = (),
+        scaler: Any = None,
     ) -> AbstractContextManager[Evidence]:
         """Evidence gathered while the model trains."""
 

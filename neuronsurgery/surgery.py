@@ -169,7 +169,7 @@ def discover(model: Any, *, include: Collection[str] = (), example: Any = None) 
 
 
 def observe(
-    model: Any, optimizer: Any = None, every: int = 1, *, sites: Collection[str] = ()
+    model: Any, optimizer: Any = None, every: int = 1, *, sites: Collection[str] = (), scaler: Any = None
 ) -> AbstractContextManager[Evidence]:
     """Measure a model while it trains, for as long as the `with` block is open.
 
@@ -182,6 +182,8 @@ def observe(
         optimizer: its optimizer, or several.
         every: measure every so many steps.
         sites: names of range-bearing producers to measure as well.
+        scaler: the `torch.amp.GradScaler` by which losses are multiplied. What an optimizer reads is unscaled without
+            it; with it, so are the gradients of activations (`GraMa`), and those that are read without an optimizer.
 
     Example:
         >>> import torch
@@ -195,7 +197,7 @@ def observe(
         >>> evidence.num_steps
         3
     """
-    return _backend(model).observe(model, optimizer, every=every, sites=sites)
+    return _backend(model).observe(model, optimizer, every=every, sites=sites, scaler=scaler)
 
 
 def probe(
