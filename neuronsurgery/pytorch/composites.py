@@ -7,7 +7,7 @@ member. It receives the producer's own input, and replaces the activations of op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
 
 STRUCTURE_FORMAT = 1
+TABLES = ("order", "source", "units", "reference")
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,14 @@ class Composite(nn.Module):
         self.site = ""
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
-        for name, value in self.tables(rows).items():
-            self.register_buffer(name, value, persistent=False)
+        self._tabulate()
 
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers with one value a row: weight, bias, the path's parameters, and what else weights come from."""
         return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
-        """The gather tables for these rows, on the bank's device."""
+        """The gather tables for these rows, on the bank's device; on the CPU where the bank has no storage."""
         layout = Layout.of(rows, self.num_units)
         spare = len(self.frozen_weight) - len(rows)
         tables = {
@@ -173,8 +173,25 @@ class Composite(nn.Module):
             "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
             "reference": rows.reference(self.num_units),
         }
-        device = self.frozen_weight.device
+        device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
+
+    def _tabulate(self) -> None:
+        for name, value in self.tables(self.rows).items():
+            setattr(self, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
+        """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tabulate()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in TABLES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tabulate()
 
     def live(self, name: str) -> Tensor | None:
         """The rows in use of one buffer, (num_rows, ...)."""
@@ -183,7 +200,7 @@ class Composite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
-        return self.product(x, self.frozen_weight, self.frozen_bias, self.units)
+        return self.product(x, self.frozen_weight, self.frozen_bias, self.units.to(x.device))
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
@@ -194,7 +211,8 @@ class Composite(nn.Module):
                     "as before, or undo the operation"
                 )
         stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
-        return self.product(x, *recipe.rows(compute, stored, live, self.units), self.units)
+        units = self.units.to(x.device)
+        return self.product(x, *recipe.rows(compute, stored, live, units), units)
 
     # -- on the path
 
@@ -277,7 +295,7 @@ class Composite(nn.Module):
             other = self.stacked(other)
         size = other.shape[axis] if other.dim() >= -axis else 1
         if size == self.num_units:
-            return other.index_select(axis, self.units)
+            return other.index_select(axis, self.units.to(other.device))
         if size == 1:
             return other
         raise SurgeryError(
@@ -317,13 +335,13 @@ class Composite(nn.Module):
         """As `assemble`, of slots and rows that have their units on one axis."""
         values = torch.cat([h, rows], axis)
         num_terms, num_columns = self.order.shape
-        terms = values.index_select(axis, self.order.reshape(-1))
+        terms = values.index_select(axis, self.order.to(h.device).reshape(-1))
         terms = terms.unflatten(axis, (num_terms, num_columns))  # type: ignore[no-untyped-call]
         depth = num_terms // 2
         oldest, positive, negative = terms.split([1, depth, depth], axis - 1)
         composites: Tensor = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
         if self.source is not None:
-            composites = torch.cat([h, composites], axis).index_select(axis, self.source)
+            composites = torch.cat([h, composites], axis).index_select(axis, self.source.to(h.device))
         return laid_out_as(composites, h)
 
     def get_extra_state(self) -> Tensor:

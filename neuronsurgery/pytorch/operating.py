@@ -21,14 +21,15 @@ from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
-from neuronsurgery.pytorch.composites import PASSED_BY, Composite
+from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
+from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
-from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetItem, WriteRows, run
+from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
 
 __all__ = ["banked_names", "banks_of", "next_operation", "operate", "undo"]
@@ -139,7 +140,7 @@ def graft(
     bank = _extended_bank(place, chosen, fresh, operation, _births(place, optimizers))
     bank.train(place.owners[0][0].training)
     error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
-    changes = [*_slot_changes(place, chosen, fresh, optimizers), *_bank_changes(place, bank)]
+    changes = [*_slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawing_notes)
     for slots in place.renewed:
         if slots is not None and (parameter := slots.parameter) is not None:
@@ -205,25 +206,6 @@ def _slot_changes(
         step = optimizer_state.current_step(optimizers, parameter)
         if step is not None:
             yield from optimizer_state.births(optimizers, parameter, units, [step] * len(units), axes)
-
-
-def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
-    """Hang the new bank, or bring the old one up to it: in place wherever the capacity suffices."""
-    old = place.bank
-    if old is None:
-        for owner, name in place.owners:
-            yield SetItem(owner._modules, name, bank)
-        for module in place.passed_modules:
-            sites = module.__dict__.get(PASSED_BY, frozenset())
-            yield SetItem(vars(module), PASSED_BY, sites | {bank.site})
-        return
-    for name, value in bank._buffers.items():
-        current = old._buffers[name]
-        if current is not None and value is not None and current.shape == value.shape:
-            yield Overwrite(current, value)
-        else:
-            yield SetItem(old._buffers, name, value)
-    yield SetItem(vars(old), "rows", bank.rows)
 
 
 def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
@@ -320,16 +302,12 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
     yield from _slot_changes(place, restored, old, optimizers)
     kept = bank.rows.kept(~mask)
     if len(kept) == 0:
-        for owner, name in place.owners:
-            yield RemoveItem(owner._modules, name)
-        for module in place.passed_modules:
-            left = module.__dict__.get(PASSED_BY, frozenset()) - {bank.site}
-            yield SetItem(vars(module), PASSED_BY, left) if left else RemoveItem(vars(module), PASSED_BY)
+        yield from take_down(place)
         return
     keep = torch.from_numpy(np.flatnonzero(~mask)).to(place.weight.device)
     values = [None if value is None else value.index_select(0, keep) for value in live]
     smaller = Composite(place.product, place.path, place.site.num_units, kept, values, place.recipe)
-    yield from _bank_changes(place, smaller)
+    yield from hang(place, smaller)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
