@@ -102,6 +102,7 @@ class Backend(Protocol):
         every: int = 1,
         sites: Collection[str] = (),
         needs: Collection[Quantity] = frozenset(Quantity),
+        scaler: Any = None,
     ) -> AbstractContextManager[Evidence]:
         """Evidence gathered while the model trains."""
 
@@ -144,6 +145,7 @@ class Backend(Protocol):
         sites: Collection[str] | None = None,
         needs: Collection[Quantity] = (),
         generator: Any = None,
+        scaler: Any = None,
     ) -> Watch:
         """Watch a model and its optimizers train."""
 

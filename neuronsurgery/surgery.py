@@ -186,6 +186,7 @@ def observe(
     *,
     sites: Collection[str] = (),
     criterion: Criterion | str | None = None,
+    scaler: Any = None,
 ) -> AbstractContextManager[Evidence]:
     """Measure a model while it trains, for as long as the `with` block is open.
 
@@ -200,6 +201,8 @@ def observe(
         sites: names of range-bearing producers to measure as well.
         criterion: measure no more than it needs: for `"stagnant"` gradients only, so that the model's forwards are left
             alone. None: all that can be measured.
+        scaler: the `torch.amp.GradScaler` by which losses are multiplied. What an optimizer reads is unscaled without
+            it; with it, so are the gradients of activations (`GraMa`), and those that are read without an optimizer.
 
     Example:
         >>> import torch
@@ -214,7 +217,7 @@ def observe(
         3
     """
     needs = frozenset(Quantity) if criterion is None else needs_of(as_criterion(criterion))
-    return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs)
+    return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs, scaler=scaler)
 
 
 def probe(
@@ -265,6 +268,7 @@ class Schedule(Scheduling):
         on_report: is called with each report, in a dry run with each plan.
         method: a function in the manner of `knife`.
         generator: as for `knife`; its state becomes part of the schedule's.
+        scaler: as for `observe`.
         options: passed on to the method: `max_growth=`, `init=` ...
 
     Raises:
@@ -303,6 +307,7 @@ class Schedule(Scheduling):
         on_report: Callable[[Any], object] | None = None,
         method: Callable[..., Report] = knife,
         generator: Any = None,
+        scaler: Any = None,
         **options: Any,
     ) -> None:
         wanted = as_criterion(criterion)
@@ -318,7 +323,7 @@ class Schedule(Scheduling):
         found = found if names is None else found.subset(names)
         _require_sites(found)
         wanted.check(found)
-        watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), generator=generator)
+        watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), generator=generator, scaler=scaler)
         super().__init__(model, backend, watch, settings, act)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from neuronsurgery.pytorch.transaction import run
 __all__ = [
     "ACTIVATIONS",
     "Clock",
+    "Scaling",
     "check_source",
     "evidence_of_gradients",
     "example_outputs",
@@ -96,12 +98,42 @@ def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
-    """Add a step from these gradients; whether they are finite is not waited for."""
-    norms = _norms(places, gradients)
+def record_step(
+    evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor], scaling: Scaling | None = None
+) -> None:
+    """One step; the gradients are `scaling.scale` times as large as they should be, and count if none overflowed."""
+    scaling = scaling or Scaling()
+    norms = {name: (w, scaling.unscaled(g)) for name, (w, g) in _norms(places, gradients).items()}
     if norms:
         flags = [g.isfinite().all() for _, g in norms.values()]  # stay on the device: nothing waits for it
+        if scaling.found_inf is not None:
+            flags.append(scaling.found_inf.reshape(()) == 0)
         evidence.record_step(norms, usable=torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """How a gradient scaler left the gradients: 0-d tensors, or None where there is nothing to know."""
+
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @staticmethod
+    def of_optimizer(optimizer: Optimizer) -> Scaling:
+        """What `torch.amp.GradScaler` tells an optimizer that unscales by itself, as fused ones do, while it steps.
+
+        Others are called only with gradients that are unscaled and finite.
+        """
+        return Scaling(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    @staticmethod
+    def of_scaler(scaler: Any, device: torch.device) -> Scaling:
+        """The scale that losses are multiplied by now, asked for in a way that does not wait for the device."""
+        return Scaling() if scaler is None else Scaling(scaler.scale(torch.ones((), device=device)))
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """The values divided by the scale."""
+        return values if self.scale is None else values / self.scale.to(values)
 
 
 def gradients_of(places: dict[str, Place]) -> dict[str, Tensor]:
@@ -120,6 +152,7 @@ def observe(
     every: int = 1,
     sites: Collection[str] = (),
     needs: Collection[Quantity] = frozenset(Quantity),
+    scaler: Any = None,
 ) -> Iterator[Evidence]:
     """Measure while the model trains; see `neuronsurgery.surgery.observe`."""
     if every < 1:
@@ -132,11 +165,11 @@ def observe(
     clock = Clock(every)
     with ExitStack() as stack:
         if ACTIVATIONS & set(needs):
-            stack.enter_context(tapped(discovery, evidence, clock))
+            stack.enter_context(tapped(discovery, evidence, clock, scaler))
         if optimizers:
             stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock))
         else:
-            stack.enter_context(_after_backward(discovery, evidence, clock))
+            stack.enter_context(_after_backward(discovery, evidence, clock, scaler))
         yield evidence
 
 
@@ -163,7 +196,7 @@ def _after_optimizer_steps(
 
         def read(*_: Any) -> None:
             if clock.is_on:
-                record_step(evidence, places, gradients_of(places))
+                record_step(evidence, places, gradients_of(places), Scaling.of_optimizer(optimizer))
             if optimizer is optimizers[-1]:
                 clock.step += 1
 
@@ -174,14 +207,15 @@ def _after_optimizer_steps(
 
 
 @contextmanager
-def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[None]:
+def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any) -> Iterator[None]:
     """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
     pending: list[bool] = []
 
     def finish() -> None:
         pending.clear()
-        if clock.is_on:
-            record_step(evidence, discovery.places, gradients_of(discovery.places))
+        if clock.is_on and (gradients := gradients_of(discovery.places)):
+            scaling = Scaling.of_scaler(scaler, next(iter(gradients.values())).device)
+            record_step(evidence, discovery.places, gradients, scaling)
         clock.step += 1
 
     def arrived(_: Tensor) -> None:
@@ -211,9 +245,11 @@ def _installed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[None]:
+def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any = None) -> Iterator[None]:
     """Let the activations of every site flow through taps for as long as the context is open."""
-    sinks = {id(place.weight): SiteSink(name, place, evidence, clock) for name, place in discovery.places.items()}
+    sinks = {
+        id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.places.items()
+    }
     try:
         with listening(sinks):
             _rewrite(discovery)
@@ -231,8 +267,8 @@ def _rewrite(discovery: Discovery) -> None:
 class SiteSink:
     """Adds the activations of one site, and the gradients that arrive at them, to the evidence."""
 
-    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock) -> None:
-        self.name, self.evidence, self.clock = name, evidence, clock
+    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock, scaler: Any) -> None:
+        self.name, self.evidence, self.clock, self.scaler = name, evidence, clock, scaler
         self.place = place
         self.offset = len(place.path.links)
 
@@ -248,6 +284,8 @@ class SiteSink:
     def add(self, values: Tensor, axes: tuple[int, ...], quantity: Quantity) -> None:
         by_unit = _by_unit(self.place, values.abs(), axes)
         total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
+        if quantity is Quantity.ACTIVATION_GRADIENT:
+            total = Scaling.of_scaler(self.scaler, total.device).unscaled(total)
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
         self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)

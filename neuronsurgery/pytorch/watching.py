@@ -10,21 +10,22 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.composites import Rows
-from neuronsurgery.errors import OptimizerError
+from neuronsurgery.errors import OptimizerError, ScheduleError
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.drawing import check_drawing
-from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, gradients_of, record_step, tapped
+from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, Scaling, gradients_of, record_step, tapped
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.sites import Sites
@@ -39,6 +40,7 @@ def watch(
     sites: Collection[str] | None = None,
     needs: Collection[Quantity] = (),
     generator: torch.Generator | None = None,
+    scaler: Any = None,
 ) -> Watch:
     """Watch a model and its optimizers train; see `neuronsurgery.backend.Watch`.
 
@@ -48,6 +50,7 @@ def watch(
         sites: names of the only sites to watch, range-bearing ones included. None: all that are safe.
         needs: what is to be measured while a window is open.
         generator: a generator whose state belongs to the state of the watch.
+        scaler: the gradient scaler by which losses are multiplied.
 
     Raises:
         SiteError: an unknown site.
@@ -67,7 +70,18 @@ def watch(
             f"no optimizer owns the weight of any of the {len(places)} sites ({', '.join(places)}): nothing of them "
             "trains, so nothing can be measured; pass the optimizer that trains them"
         )
-    return Watch(Discovery(inner, places, found.declined), optimizers, frozenset(needs), generator)
+    found = Discovery(inner, places, found.declined)
+    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, scaler, _process_group(model)))
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What a model trains in, beside its optimizers."""
+
+    generator: torch.Generator | None
+    scaler: Any
+    group: dist.ProcessGroup | None
+    """The processes that hold replicas of the model."""
 
 
 class Watch:
@@ -82,9 +96,10 @@ class Watch:
         discovery: Discovery,
         optimizers: Sequence[Optimizer],
         needs: frozenset[Quantity],
-        generator: torch.Generator | None,
+        surroundings: Surroundings,
     ) -> None:
-        self.discovery, self.optimizers, self.needs, self.generator = discovery, tuple(optimizers), needs, generator
+        self.discovery, self.optimizers, self.needs = discovery, tuple(optimizers), needs
+        self.surroundings, self.generator = surroundings, surroundings.generator
         self.evidence = Evidence(discovery.sites, source=weakref.ref(discovery.model))
         self.num_steps = 0
         self.is_open = False
@@ -105,7 +120,7 @@ class Watch:
         if self.is_open and self._clock.is_on:
             owned = _owned([optimizer])
             places = {name: place for name, place in self.discovery.places.items() if id(place.weight) in owned}
-            record_step(self.evidence, places, gradients_of(places))
+            record_step(self.evidence, places, gradients_of(places), Scaling.of_optimizer(optimizer))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Count the step, if it was one."""
@@ -129,7 +144,7 @@ class Watch:
         self.restart()
         self._clock.every = every
         if self.needs & ACTIVATIONS:
-            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock))
+            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, self.surroundings.scaler))
         self.is_open = True
 
     def shut(self) -> None:
@@ -164,12 +179,37 @@ class Watch:
         return any(self.evidence.measured(name) for name in self.evidence.sites)
 
     def pooled(self) -> Evidence:
-        """What was measured, of all replicas together."""
-        return self.evidence
+        """What was measured, of all replicas together: their gradients agree, their activations do not."""
+        group, quantities = self.surroundings.group, sorted(self.needs & ACTIVATIONS)
+        if group is None or not quantities:
+            return self.evidence
+        state = self.evidence.state_dict()
+        for name, place in self.discovery.places.items():
+            for quantity in quantities:
+                one = state["sums"][name].pop(quantity.value, {"total": torch.zeros(place.site.num_units), "count": 0})
+                total = one["total"].to(place.weight.device, torch.float64)
+                packed = torch.cat([total, torch.as_tensor(one["count"]).to(total).reshape(1)])
+                dist.all_reduce(packed, group=group)
+                if packed[-1]:
+                    state["sums"][name][quantity.value] = {"total": packed[:-1], "count": packed[-1].long()}
+        together = Evidence(self.evidence.sites, source=self.evidence.source)
+        together.load_state_dict(state)
+        return together
 
     def agreed(self, value: Any) -> float:
-        """A value as a number, the mean over all replicas."""
-        return float(value)
+        """A value as a number, the mean over all replicas, so that their schedules do the same."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ScheduleError(
+                f"step takes a number or a tensor of one element, found {type(value).__name__}: {error}"
+            ) from error
+        if self.surroundings.group is None:
+            return number
+        device = next(iter(self.discovery.places.values())).weight.device
+        shared = torch.tensor([number], dtype=torch.float64, device=device)
+        dist.all_reduce(shared, group=self.surroundings.group)
+        return float(shared) / dist.get_world_size(self.surroundings.group)
 
     # -- the model
 
@@ -228,6 +268,13 @@ class Watch:
         """Take hooks and taps off."""
         self.is_open = False
         self._release()
+
+
+def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The processes of a model in DistributedDataParallel, compiled or not."""
+    while isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def ages_of(discovery: Discovery, optimizers: Sequence[Optimizer]) -> dict[str, dict[int, int]]:
