@@ -7,7 +7,7 @@ member. It receives the producer's own input, and replaces the activations of op
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from neuronsurgery.pytorch.structure import Structure, agrees, decoded
 from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
 
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
+
+TABLES = ("order", "source", "units", "reference")
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,14 @@ class Composite(nn.Module):
         self.clocks: tuple[Clock | None, ...] = ()  # what its births are counted by, where no optimizer does
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
-        for name, value in self.tables(rows).items():
-            self.register_buffer(name, value, persistent=False)
+        self._tabulate()
 
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers with one value a row: weight, bias, the path's parameters, and what else weights come from."""
         return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
-        """The gather tables for these rows, on the bank's device."""
+        """The gather tables for these rows, on the bank's device; on the CPU where the bank has no storage."""
         layout = Layout.of(rows, self.num_units)
         spare = len(self.frozen_weight) - len(rows)
         tables = {
@@ -174,8 +175,25 @@ class Composite(nn.Module):
             "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
             "reference": rows.reference(self.num_units),
         }
-        device = self.frozen_weight.device
+        device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
+
+    def _tabulate(self) -> None:
+        for name, value in self.tables(self.rows).items():
+            setattr(self, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
+        """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tabulate()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in TABLES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tabulate()
 
     def live(self, name: str) -> Tensor | None:
         """The rows in use of one buffer, (num_rows, ...)."""
@@ -184,7 +202,7 @@ class Composite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
-        return self.product(x, self.frozen_weight, self.frozen_bias, self.units)
+        return self.product(x, self.frozen_weight, self.frozen_bias, self.units.to(x.device))
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
@@ -195,7 +213,8 @@ class Composite(nn.Module):
                     "as before, or undo the operation"
                 )
         stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
-        return self.product(x, *recipe.rows(compute, stored, live, self.units), self.units)
+        units = self.units.to(x.device)
+        return self.product(x, *recipe.rows(compute, stored, live, units), units)
 
     # -- on the path
 
@@ -278,7 +297,7 @@ class Composite(nn.Module):
             other = self.stacked(other)
         size = other.shape[axis] if other.dim() >= -axis else 1
         if size == self.num_units:
-            return other.index_select(axis, self.units)
+            return other.index_select(axis, self.units.to(other.device))
         if size == 1:
             return other
         raise SurgeryError(
@@ -318,13 +337,13 @@ class Composite(nn.Module):
         """As `assemble`, of slots and rows that have their units on one axis."""
         values = torch.cat([h, rows], axis)
         num_terms, num_columns = self.order.shape
-        terms = values.index_select(axis, self.order.reshape(-1))
+        terms = values.index_select(axis, self.order.to(h.device).reshape(-1))
         terms = terms.unflatten(axis, (num_terms, num_columns))  # type: ignore[no-untyped-call]
         depth = num_terms // 2
         oldest, positive, negative = terms.split([1, depth, depth], axis - 1)
         composites: Tensor = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
         if self.source is not None:
-            composites = torch.cat([h, composites], axis).index_select(axis, self.source)
+            composites = torch.cat([h, composites], axis).index_select(axis, self.source.to(h.device))
         return laid_out_as(composites, h)
 
     # -- in state dicts
@@ -352,8 +371,7 @@ class Composite(nn.Module):
         if len(found.rows) > len(self.frozen_weight):
             raise StateError(self._other_structure(found))
         self.rows, self.clocks = found.rows, _set_back(self.clocks, found.counts)
-        for name, value in self.tables(found.rows).items():
-            setattr(self, name, value)
+        self._tabulate()
 
     def fitting(self, found: Structure) -> Structure:
         """A saved structure that fits this layer.
@@ -390,7 +408,7 @@ class Composite(nn.Module):
         except StateError as error:
             error_msgs.append(str(error))
             return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
@@ -413,7 +431,7 @@ class Composite(nn.Module):
     def _other_structure(self, found: Structure) -> str:
         return (
             f"{self.label} is saved with {len(found.rows)} frozen rows, and has room for {len(self.frozen_weight)} "
-            "here: the model was operated on differently. surgery.restore(model, state_dict) takes over the saved structure"
+            "here: the model was operated on differently. surgery.restore(model, state_dict) takes over what was saved"
         )
 
     def extra_repr(self) -> str:

@@ -25,12 +25,14 @@ def hang(place: Place, bank: Composite) -> Iterator[Change]:
             yield SetItem(owner._modules, name, bank)
         yield from (_Mark(module, bank.site, True) for module in place.passed_modules)
         return
-    for name, value in bank._buffers.items():
-        current = old._buffers[name]
-        if current is not None and value is not None and current.shape == value.shape:
-            yield Overwrite(current, value)
-        else:
-            yield SetItem(old._buffers, name, value)
+    tables = bank.tables(bank.rows)
+    for values, held in ((bank._buffers, old._buffers), (tables, vars(old))):
+        for name, value in values.items():
+            current = held[name]
+            if current is not None and value is not None and current.shape == value.shape:
+                yield Overwrite(current, value)
+            else:
+                yield SetItem(held, name, value)
     yield SetItem(vars(old), "rows", bank.rows)
 
 

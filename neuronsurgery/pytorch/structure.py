@@ -54,8 +54,8 @@ def decoded(state: Any, bank: str) -> Structure:
     numbers = _numbers(state, bank)
     if numbers.size < _HEAD or numbers[0] != MARK:
         raise StateError(
-            f"the saved structure of {bank} does not begin as one does: it was averaged or overwritten, or an unreleased "
-            "version wrote it. It is no weight; copy it as it is"
+            f"the saved structure of {bank} does not begin as one does: it was averaged or overwritten, or an "
+            "unreleased version wrote it. It is no weight; copy it as it is"
         )
     if numbers[1] != FORMAT:
         newer = "a newer version wrote it; update neuronsurgery" if numbers[1] > FORMAT else "it is not known"
@@ -119,13 +119,10 @@ def _numbers(state: Any, bank: str) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 def _check_rows(rows: Rows, num_units: int, bank: str) -> None:
-    """Refuse rows that no series of operations leaves: each unit's members come in pairs, oldest first."""
+    """Refuse rows that no series of operations leaves: each unit's members come in pairs."""
     is_pair = bool(np.isin(rows.sign, (1, -1)).all()) and bool(((rows.unit >= 0) & (rows.unit < num_units)).all())
     if is_pair:
-        members = {
-            s: sorted(zip(rows.unit[rows.sign == s], rows.operation[rows.sign == s], strict=True)) for s in (1, -1)
-        }
-        is_pair = members[1] == members[-1] and len(set(members[1])) == len(members[1])
+        is_pair = not np.bincount(rows.unit, weights=rows.sign, minlength=num_units).any()
     if not is_pair or bool((rows.operation < 1).any()):
         raise StateError(
             f"the saved structure of {bank} is none that operations leave (signs, units below {num_units}, or pairs of "
