@@ -1,7 +1,9 @@
 """The PyTorch backend: reads models with torch.fx and rewrites their forwards; the only importer of torch."""
 
 from neuronsurgery.pytorch.entry import (
+    accept,
     ages,
+    attach,
     check_source,
     composites,
     discover,
@@ -9,12 +11,15 @@ from neuronsurgery.pytorch.entry import (
     observe,
     operate,
     probe,
+    restore,
     seed,
     undo,
 )
 
 __all__ = [
+    "accept",
     "ages",
+    "attach",
     "check_source",
     "composites",
     "discover",
@@ -22,6 +27,7 @@ __all__ = [
     "observe",
     "operate",
     "probe",
+    "restore",
     "seed",
     "undo",
 ]
