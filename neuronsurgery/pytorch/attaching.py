@@ -35,11 +35,9 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> None
 
 
 def _banked(model: nn.Module) -> list[Place]:
-    """The places with a bank, those whose clocks know a count first: a clock that others start begins at 0."""
     if not any(isinstance(module, Composite) for module in model.modules()):
         return []
-    places = [place for place in discover(model).places.values() if place.bank is not None]
-    return sorted(places, key=lambda place: -max(_counts(place), default=-1))
+    return [place for place in discover(model).places.values() if place.bank is not None]
 
 
 def resumed(place: Place, optimizers: Sequence[Optimizer]) -> Later:
@@ -48,17 +46,20 @@ def resumed(place: Place, optimizers: Sequence[Optimizer]) -> Later:
     def changes() -> Iterator[Change]:
         # Clocks first: which rows have yet to take their first step is asked of them.
         yield from _clock_changes(place, optimizers)
-        yield FollowClocks(place, optimizers)
+        yield FollowClocks(place, optimizers, anew=False)
         yield from _birth_changes(place, optimizers)
 
     return Later(changes)
 
 
 class FollowClocks:
-    """Let the bank of a place know the clocks that its births are counted by, to be saved and copied with it."""
+    """Let the bank of a place know the clocks that its births are counted by, to be saved and copied with it.
 
-    def __init__(self, place: Place, optimizers: Sequence[Optimizer]) -> None:
-        self.place, self.optimizers = place, optimizers
+    `anew`: its latest births are counted by clocks of these optimizers; else only those that were counted before.
+    """
+
+    def __init__(self, place: Place, optimizers: Sequence[Optimizer], *, anew: bool = True) -> None:
+        self.place, self.optimizers, self.anew = place, optimizers, anew
         self.change: SetItem | None = None
 
     def apply(self) -> None:
@@ -66,7 +67,8 @@ class FollowClocks:
         assert bank is not None
         known = bank.clocks or (None,) * len(self.place.slots)
         clocks = tuple(
-            _clock(slots, self.optimizers) or own for slots, own in zip(self.place.renewed, known, strict=True)
+            _clock(slots, self.optimizers) or own if self.anew or own is not None else None
+            for slots, own in zip(self.place.renewed, known, strict=True)
         )
         if any(clock is not None for clock in clocks):
             self.change = SetItem(vars(bank), "clocks", clocks)
@@ -97,8 +99,8 @@ def _counts(place: Place) -> tuple[int, ...]:
 
 def _clock_changes(place: Place, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
     for slots, count in zip(place.renewed, _counts(place), strict=True):
-        if slots is not None and slots.parameter is not None:
-            yield from optimizer_state.start_clocks(optimizers, slots.parameter, at=max(count, 0))
+        if slots is not None and slots.parameter is not None and count >= 0:
+            yield from optimizer_state.start_clocks(optimizers, slots.parameter, at=count)
 
 
 def _birth_changes(place: Place, optimizers: Sequence[Optimizer]) -> Iterator[Change]:
