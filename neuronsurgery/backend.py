@@ -149,5 +149,16 @@ class Backend(Protocol):
     ) -> Watch:
         """Watch a model and its optimizers train."""
 
+    def restore(
+        self, model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = ""
+    ) -> Composites:
+        """Take over a saved state and its structure, whole or not at all."""
+
+    def accept(self, model: Any) -> None:
+        """Let the model's own loader take over structure."""
+
+    def attach(self, model: Any, optimizer: Any) -> None:
+        """Install on an optimizer what the operated rows of its model need."""
+
     def composites(self, model: Any) -> Composites:
         """The composite units of a model."""

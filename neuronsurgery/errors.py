@@ -13,6 +13,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- ModelError          TypeError      no module; lazy, quantized, scripted or inference tensors
     |-- EquivalenceError                   the output moved beyond the tolerance; everything was rolled back
     |-- UndoError           ValueError     a later operation intervened
+    |-- StateError          RuntimeError   a saved state that does not fit, or that was cast or averaged
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -67,6 +68,10 @@ class EquivalenceError(SurgeryError):
 
 class UndoError(SurgeryError, ValueError):
     """An operation that can no longer be undone because a later one intervened."""
+
+
+class StateError(SurgeryError, RuntimeError):
+    """A saved state that does not fit the model; a structure that was cast, averaged, or written by a newer version."""
 
 
 class FormatError(SurgeryError, ValueError):

@@ -28,6 +28,7 @@ from neuronsurgery.errors import (
     PlanError,
     ScheduleError,
     SiteError,
+    StateError,
     SurgeryError,
     UndoError,
     UntraceableError,
@@ -78,12 +79,15 @@ __all__ = [
     "SiteError",
     "Sites",
     "Stagnant",
+    "StateError",
     "SurgeryError",
     "TaskChange",
     "Trigger",
     "UndoError",
     "Units",
     "UntraceableError",
+    "accept",
+    "attach",
     "composites",
     "discover",
     "knife",
@@ -91,6 +95,7 @@ __all__ = [
     "operate",
     "plan",
     "probe",
+    "restore",
     "score",
     "select",
     "undo",
@@ -388,6 +393,93 @@ def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
         UndoError: a later operation intervened on one of the units (undo that one first), or it is not in the model.
     """
     return _backend(model).undo(model, report, optimizer=optimizer)
+
+
+def restore(model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = "") -> Composites:
+    """Load a state dict strictly, with the structure that was saved in it, onto a model that need not have it.
+
+    The model may be fresh, or operated on in another way: it has the composite units of the state dict afterwards, and
+    no others. All of it happens, or nothing. Tensors take the dtype and the device of the model's own; a model
+    on the meta device receives the saved tensors themselves.
+
+    Args:
+        model: the model, built as it was when saved; wrappers (DDP, compiled modules) are taken off, of names as well.
+        state_dict: names to tensors, from `model.state_dict()`, `torch.load(..., weights_only=True)` or safetensors.
+        optimizer: the model's optimizer, or several, to `attach`; load their own state before or after.
+        prefix: restore from the entries whose names begin so: `"model."` of a Lightning checkpoint.
+
+    Returns:
+        The composite units that the model has now.
+
+    Raises:
+        StateError: a bank that does not fit the model, or whose structure was cast, averaged, cut or written by a
+            newer version.
+        RuntimeError: torch's own, for weights that are missing, unexpected or of another shape.
+
+    Example:
+        >>> import torch
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> trained = build()
+        >>> report = knife(trained, Units({"0": [1, 5]}))
+        >>> resumed = build()
+        >>> restore(resumed, trained.state_dict()).num_units
+        2
+        >>> x = torch.randn(16, 4)
+        >>> torch.equal(resumed(x), trained(x))
+        True
+    """
+    return _backend(model).restore(model, state_dict, optimizer, prefix=prefix)
+
+
+def accept(model: Any) -> None:
+    """Let the model's own `load_state_dict` take over structure, for frameworks that call it themselves.
+
+    From now on a strict load of a state dict with other composite units than the model has, called on the model or on
+    a module that holds it, restores as `restore` does. A state dict without composite units loads as usual. Copies and
+    pickles of the model accept as well. Calling it again changes nothing.
+
+    Args:
+        model: the model, before its framework loads it: in the constructor of a Lightning module, `accept(self)`.
+
+    Example:
+        >>> import torch
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> trained, resumed = build(), build()
+        >>> report = knife(trained, Units({"0": [1, 5]}))
+        >>> accept(resumed)
+        >>> resumed.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+    """
+    _backend(model).accept(model)
+
+
+def attach(model: Any, optimizer: Any) -> None:
+    """Install on an optimizer the step hooks that the operated rows of its model need.
+
+    Operating with `optimizer=` does that. A process that resumes from a checkpoint, a copy and a pickle have none:
+    there young rows would be updated by the step count of old ones, and SGD's steps not be counted.
+
+    Args:
+        model: the operated model, with its parameters in the optimizer.
+        optimizer: its optimizer, or several; their own state may be loaded before or after. Calling it again
+            changes nothing.
+
+    Raises:
+        OptimizerError: an optimizer owns none of the parameters, or is none: of a wrapper, pass what it wraps.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> report = knife(model, Units({"0": [1, 5]}), optimizer=optimizer)
+        >>> copied = copy.deepcopy(model)
+        >>> optimizer_of_copy = torch.optim.AdamW(copied.parameters())
+        >>> optimizer_of_copy.load_state_dict(optimizer.state_dict())
+        >>> attach(copied, optimizer_of_copy)
+    """
+    _backend(model).attach(model, optimizer)
 
 
 def composites(model: Any) -> Composites:

@@ -1,7 +1,9 @@
 """The PyTorch backend: reads models with torch.fx and rewrites their forwards; the only importer of torch."""
 
 from neuronsurgery.pytorch.entry import (
+    accept,
     ages,
+    attach,
     check_source,
     composites,
     discover,
@@ -9,13 +11,16 @@ from neuronsurgery.pytorch.entry import (
     observe,
     operate,
     probe,
+    restore,
     seed,
     undo,
     watch,
 )
 
 __all__ = [
+    "accept",
     "ages",
+    "attach",
     "check_source",
     "composites",
     "discover",
@@ -23,6 +28,7 @@ __all__ = [
     "observe",
     "operate",
     "probe",
+    "restore",
     "seed",
     "undo",
     "watch",

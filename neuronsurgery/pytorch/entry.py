@@ -13,17 +13,21 @@ from neuronsurgery.composites import Composites
 from neuronsurgery.evidence import Evidence
 from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
+from neuronsurgery.pytorch.state import accept, restore
 from neuronsurgery.pytorch.watching import ages_of, watch
 from neuronsurgery.sites import Sites
 
 __all__ = [
+    "accept",
     "ages",
+    "attach",
     "check_source",
     "composites",
     "discover",
@@ -31,6 +35,7 @@ __all__ = [
     "observe",
     "operate",
     "probe",
+    "restore",
     "seed",
     "undo",
     "watch",

@@ -20,6 +20,7 @@ from neuronsurgery.composites import Rows
 from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
@@ -146,6 +147,7 @@ def graft(
         if slots is not None and (parameter := slots.parameter) is not None:
             changes += optimizer_state.start_clocks(optimizers, parameter)
             notes += optimizer_state.notes(optimizers, parameter)
+    changes.append(FollowClocks(place, optimizers))
     return Graft(place, changes, error, notes)
 
 

@@ -16,6 +16,7 @@ them again. Where they have yet to be installed, an operation inside a hook of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ __all__ = [
     "current_step",
     "notes",
     "refresh",
+    "resume",
     "start_clocks",
     "unowned",
     "young_rows",
@@ -129,14 +131,22 @@ def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int 
     return 0 if now is None and any(_owners(optimizers, parameter)) else now
 
 
-def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Change]:
-    """Plan the changes that let the steps of a parameter's optimizers be counted, where nothing counts them yet.
+def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, at: int = 0) -> list[Change]:
+    """Plan the changes that let the steps of a parameter's optimizers be counted from `at`, where nothing counts yet.
 
     Raises `OptimizerError` between the hooks of a step, where torch lets none be added, before anything changes.
     """
     if age_clock(optimizers, parameter) is not None:
         return []
-    return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, Clock)]
+    clock = functools.partial(Clock, at)
+    return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, clock)]
+
+
+def resume(
+    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, births: Sequence[int], axes: UnitAxes = ROWS
+) -> list[Change]:
+    """Plan the changes that register rows as they would be, had the process not ended."""
+    return globals()["births"](optimizers, parameter, rows, births, axes)  # type: ignore[no-any-return]
 
 
 def refresh(
