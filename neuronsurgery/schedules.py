@@ -283,7 +283,7 @@ class Scheduling:
 
     def _conclude(self) -> Report | Plan | None:
         """Operate on what is selected now, if anything is, and begin anew."""
-        selection, self._asked = self._asked or self._select(), None
+        selection, self._asked = self._of_sites_now(self._asked or self._select()), None
         chosen = capped(selection, max_units=self._settings.max_units, max_share=self._settings.max_share)
         done: Report | Plan | None = None
         if chosen.num_units:
@@ -293,6 +293,11 @@ class Scheduling:
         self._memory = {leaf: leaf.begin() for leaf in self._memory}
         self._begin_window()
         return done
+
+    def _of_sites_now(self, selection: Selection) -> Selection:
+        """Without sites that are none any more, such as layers that were frozen since."""
+        found = self._backend.discover(self._model, include=self._act.arguments.get("sites", ()))
+        return replace(selection, units={site: units for site, units in selection.units.items() if site in found})
 
     def _operate(self, chosen: Selection) -> Report:
         criterion = Selected(str(self._settings.criterion), chosen.units, chosen.scores.values)

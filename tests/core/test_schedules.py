@@ -110,6 +110,9 @@ class Watched:
 class Backend:
     """What a schedule asks of a backend itself."""
 
+    def discover(self, model: Any, *, include: Any = ()) -> Sites:
+        return SITES
+
     def seed(self, model: Any, generator: Any) -> int:
         return 0
 
