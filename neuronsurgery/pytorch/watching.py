@@ -199,7 +199,7 @@ class Watch:
     def agreed(self, value: Any) -> float:
         """A value as a number, the mean over all replicas, so that their schedules do the same."""
         try:
-            number = float(value)
+            number = float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ScheduleError(
                 f"step takes a number or a tensor of one element, found {type(value).__name__}: {error}"
