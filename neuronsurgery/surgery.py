@@ -272,7 +272,8 @@ class Schedule(Scheduling):
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
         method: a function in the manner of `knife`.
-        generator: as for `knife`; its state becomes part of the schedule's.
+        generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
+            processes seed alike.
         scaler: as for `observe`.
         options: passed on to the method: `max_growth=`, `init=` ...
 
@@ -320,15 +321,15 @@ class Schedule(Scheduling):
         names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
         if isinstance(wanted, Units):
             names = list(dict.fromkeys(_forced(names, wanted)))
-        given = {"optimizer": optimizer, "sites": names, "generator": generator, **options}
-        arguments = {name: value for name, value in given.items() if value is not None}
-        act = Act(method, arguments, verify, dry_run, on_report)
         backend = _backend(model)
         found = backend.discover(model, include=names or ())
         found = found if names is None else found.subset(names)
         _require_sites(found)
         wanted.check(found)
         watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), generator=generator, scaler=scaler)
+        given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        act = Act(method, arguments, verify, dry_run, on_report)
         super().__init__(model, backend, watch, settings, act)
 
 

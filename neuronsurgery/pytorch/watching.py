@@ -49,7 +49,8 @@ def watch(
         optimizer: its optimizer, or several.
         sites: names of the only sites to watch, range-bearing ones included. None: all that are safe.
         needs: what is to be measured while a window is open.
-        generator: a generator whose state belongs to the state of the watch.
+        generator: a generator whose state belongs to the state of the watch. None: of a model in
+            DistributedDataParallel, one that all processes seed as the first does, so that they draw alike.
         scaler: the gradient scaler by which losses are multiplied.
 
     Raises:
@@ -70,8 +71,11 @@ def watch(
             f"no optimizer owns the weight of any of the {len(places)} sites ({', '.join(places)}): nothing of them "
             "trains, so nothing can be measured; pass the optimizer that trains them"
         )
+    group = _process_group(model)
+    if group is not None and generator is None:
+        generator = _common_generator(group, next(inner.parameters()).device)
     found = Discovery(inner, places, found.declined)
-    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, scaler, _process_group(model)))
+    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, scaler, group))
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +279,12 @@ def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
     while isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def _common_generator(group: dist.ProcessGroup, device: torch.device) -> torch.Generator:
+    seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
+    dist.broadcast(seed, group=group, group_src=0)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def ages_of(discovery: Discovery, optimizers: Sequence[Optimizer]) -> dict[str, dict[int, int]]:
