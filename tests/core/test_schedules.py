@@ -362,6 +362,23 @@ def test_an_announced_operation_is_looked_forward_to() -> None:
     assert run.watch.log == ["open at 5"]
 
 
+def test_a_window_opens_for_the_later_of_two_triggers_that_both_have_to_be_due() -> None:
+    run = run_of(Every(4) & TaskChange(after=6), Stagnant(), Last(2))
+    run.go(1)
+    run.schedule.task_changed()
+    assert run.go(6) == [7]
+    assert run.watch.log == ["open at 5"]
+
+
+def test_a_share_that_was_not_exceeded_is_asked_again_only_after_a_while() -> None:
+    run = run_of(Share(0.9, every=4) | Every(100), Stagnant())
+    run.go(4)
+    run.watch.gradients = {name: [0.0] * (len(each) - 1) + [1.0] for name, each in run.watch.gradients.items()}
+    assert run.go(3) == []
+    assert run.watch.evidence.num_steps == 3
+    assert run_of(Share(0.74, every=4), Lowest(0.75)).go(9) == [4, 8]
+
+
 def test_judging_by_the_new_task_drops_what_was_measured_of_the_old() -> None:
     run = run_of(TaskChange(after=2), Stagnant())
     run.go(5)
