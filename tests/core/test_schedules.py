@@ -483,6 +483,14 @@ def test_bounds_keep_the_units_of_lowest_score(bounds: dict[str, Any], expected:
     assert dict(criterion.units) == expected
 
 
+def test_the_lowest_scores_of_all_sites_come_first_under_a_bound() -> None:
+    run = run_of(Every(1), Stagnant(), bounds={"max_units": 2})
+    run.watch.gradients = {"fc1": [0.2, 1.0, 1.0, 1.8], "fc2": [0.1, 0.15, *[1.0] * 5, 2.75]}
+    run.go(1)
+    criterion: Any = run.method.calls[0][0]
+    assert dict(criterion.units) == {"fc2": (0, 1)}
+
+
 def test_a_share_counts_what_is_chosen_before_the_bounds() -> None:
     assert run_of(Share(0.24, every=1), Stagnant(), bounds={"max_units": 1}).go(1) == [1]
 

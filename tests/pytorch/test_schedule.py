@@ -230,6 +230,24 @@ def test_a_step_that_the_scaler_skips_counts_for_nothing(fused: bool):
     assert schedule._watch.evidence.num_steps == 4
 
 
+def test_gradients_that_a_fused_optimizer_unscales_are_measured_unscaled():
+    measured = []
+    for scale in (None, 64.0):
+        torch.manual_seed(0)
+        model = network()
+        optimizer = Adam(model.parameters(), fused=True)
+        schedule = surgery.Schedule(model, optimizer, Stagnant(average="ua"), operate=Every(100))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for x in batches(2):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, x)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+        measured.append(schedule._watch.evidence.measured("0")[surgery.Quantity.UPDATE_ACTIVITY])
+    torch.testing.assert_close(measured[1], measured[0], rtol=1e-4, atol=0)
+
+
 @pytest.mark.situation(WRAPPERS, "gradient accumulation", "works")
 def test_passes_that_accumulate_are_one_step_whenever_the_schedule_is_called():
     model = network()
