@@ -70,7 +70,7 @@ class FollowClocks:
             _clock(slots, self.optimizers) or own if self.anew or own is not None else None
             for slots, own in zip(self.place.renewed, known, strict=True)
         )
-        if any(clock is not None for clock in clocks):
+        if any(clock is not own for clock, own in zip(clocks, known, strict=True)):
             self.change = SetItem(vars(bank), "clocks", clocks)
             self.change.apply()
 
