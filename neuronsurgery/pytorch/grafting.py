@@ -84,8 +84,8 @@ def planned(model: nn.Module, state: Mapping[str, Any], *, is_whole: bool = True
     for name, place in discovery.places.items():
         found = [path for path in at[name] if path in saved]
         if found:
-            entries = _joined(saved, found)
-            banked[name] = structure_for(place, found[0], entries)
+            structures = [structure_for(place, path, saved[path]) for path in found]
+            entries, banked[name] = _joined(saved, found), structures[0]
             changes += hang(place, bank_for(place, found[0], banked[name], entries))
         elif place.bank is not None and is_whole:
             changes += take_down(place)

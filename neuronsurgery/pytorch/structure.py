@@ -120,7 +120,8 @@ def _check_rows(rows: Rows, num_units: int, bank: str) -> None:
     """Refuse rows that no series of operations leaves: each unit's members come in pairs."""
     is_pair = bool(np.isin(rows.sign, (1, -1)).all()) and bool(((rows.unit >= 0) & (rows.unit < num_units)).all())
     if is_pair:
-        is_pair = not np.bincount(rows.unit, weights=rows.sign, minlength=num_units).any()
+        _, place = np.unique(rows.unit, return_inverse=True)
+        is_pair = not np.bincount(place, weights=rows.sign).any()
     if not is_pair or bool((rows.operation < 1).any()):
         raise StateError(
             f"the saved structure of {bank} is none that operations leave (signs, units below {num_units}, or pairs of "
