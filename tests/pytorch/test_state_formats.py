@@ -312,6 +312,7 @@ def fitted(net: Any, path: Path, max_epochs: int, checkpoint: Path | None = None
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.situation(CHECKPOINTS, "lightning: fit(ckpt_path=), load_from_checkpoint", "works")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated:DeprecationWarning")

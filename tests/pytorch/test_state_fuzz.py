@@ -169,7 +169,7 @@ def assert_refused_whole(how: str, data: st.DataObject) -> None:
         assert_untouched(before, model, why=how)
 
 
-@settings(max_examples=6, phases=[Phase.generate])
+@settings(max_examples=4, phases=[Phase.generate])
 @pytest.mark.parametrize("how", CASES)
 @given(st.data())
 def test_a_damaged_state_is_refused_and_leaves_the_model_untouched(how: str, data: st.DataObject):
@@ -184,7 +184,7 @@ def test_a_damaged_state_is_refused_with_many_examples(how: str, data: st.DataOb
     assert_refused_whole(how, data)
 
 
-@settings(max_examples=6, phases=[Phase.generate])
+@settings(max_examples=4, phases=[Phase.generate])
 @pytest.mark.parametrize("how", list(DAMAGE))
 @given(st.data())
 def test_torchs_own_load_refuses_a_damaged_state_and_leaves_each_bank_whole(how: str, data: st.DataObject):
