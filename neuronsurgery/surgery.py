@@ -406,7 +406,7 @@ def restore(model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *,
     Args:
         model: the model, built as it was when saved; wrappers (DDP, compiled modules) are taken off, of names as well.
         state_dict: names to tensors, from `model.state_dict()`, `torch.load(..., weights_only=True)` or safetensors.
-        optimizer: the model's optimizer, or several, to `attach`; load their own state before or after.
+        optimizer: the model's optimizer, or several, to `attach`; load their own state first.
         prefix: restore from the entries whose names begin so: `"model."` of a Lightning checkpoint.
 
     Returns:
@@ -464,8 +464,7 @@ def attach(model: Any, optimizer: Any) -> None:
 
     Args:
         model: the operated model, with its parameters in the optimizer.
-        optimizer: its optimizer, or several; their own state may be loaded before or after. Calling it again
-            changes nothing.
+        optimizer: its optimizer, or several; load their own state first. Calling it again changes nothing.
 
     Raises:
         OptimizerError: an optimizer owns none of the parameters, or is none: of a wrapper, pass what it wraps.

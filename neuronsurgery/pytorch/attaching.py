@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from neuronsurgery.errors import SiteError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.models import check_model, unwrap
@@ -35,9 +36,24 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> None
 
 
 def _banked(model: nn.Module) -> list[Place]:
-    if not any(isinstance(module, Composite) for module in model.modules()):
+    """The places with a bank.
+
+    Raises:
+        SiteError: a bank is at no site of this model.
+    """
+    banks = {id(module): module for module in model.modules() if isinstance(module, Composite)}
+    if not banks:
         return []
-    return [place for place in discover(model).places.values() if place.bank is not None]
+    discovery = discover(model)
+    places = [place for place in discovery.places.values() if place.bank is not None]
+    for bank in banks.values():
+        if not any(place.bank is bank for place in places):
+            reason = discovery.declined.get(bank.site, "it was operated on as a part of another model")
+            raise SiteError(
+                f"{bank.label} is at no site of this {type(model).__name__}: {reason}; attach the part that was "
+                "operated on: surgery.attach(part, optimizer)"
+            )
+    return places
 
 
 def resumed(place: Place, optimizers: Sequence[Optimizer]) -> Later:
@@ -70,7 +86,7 @@ class FollowClocks:
             _clock(slots, self.optimizers) or own if self.anew or own is not None else None
             for slots, own in zip(self.place.renewed, known, strict=True)
         )
-        if any(clock is not None for clock in clocks):
+        if any(clock is not own for clock, own in zip(clocks, known, strict=True)):
             self.change = SetItem(vars(bank), "clocks", clocks)
             self.change.apply()
 

@@ -420,8 +420,8 @@ class Composite(nn.Module):
         """
         own, state = self.structure, saved.get("_extra_state")
         tensors = {name: value for name in self.buffer_names() if (value := getattr(self, name)) is not None}
-        is_same = state is None or agrees(state, own)
-        found = own if is_same else self.fitting(decoded(state, self.label))
+        found = own if state is None or agrees(state, own) else self.fitting(decoded(state, self.label))
+        is_same = np.array_equal(found.rows.encoded()[:, :3], own.rows.encoded()[:, :3])
         for name, value in tensors.items():
             if name not in saved and not is_same:
                 raise StateError(f"{self.label} is saved without '{name}', with a structure other than it has here")

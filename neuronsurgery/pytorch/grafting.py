@@ -30,11 +30,11 @@ Saved = Mapping[str, Mapping[str, Any]]
 class Grafts:
     """The changes that give a model the structure of a state dict, and the banks that it has afterwards."""
 
+    model: nn.Module
     changes: list[Change]
     places: Mapping[str, Place]
     banked: Mapping[str, Structure]
     paths: Mapping[str, list[str]]  # where each bank is found by name: at every owner, under each of its names
-    aliases: Mapping[str, list[str]]  # the other names of tensors that have several
 
     @property
     def banked_places(self) -> dict[str, Place]:
@@ -48,7 +48,7 @@ class Grafts:
         """
         found = copy.copy(state)  # with the versions that it may carry
         found.update(self.bank_entries())
-        for key, others in self.aliases.items() if with_aliases else ():
+        for key, others in _aliases(self.model).items() if with_aliases else ():
             saved = next((other for other in others if other in state), None)
             if key not in found and saved is not None:
                 found[key] = state[saved]
@@ -84,14 +84,14 @@ def planned(model: nn.Module, state: Mapping[str, Any], *, is_whole: bool = True
     for name, place in discovery.places.items():
         found = [path for path in at[name] if path in saved]
         if found:
-            entries = _joined(saved, found)
-            banked[name] = structure_for(place, found[0], entries)
+            structures = [structure_for(place, path, saved[path]) for path in found]
+            entries, banked[name] = _joined(saved, found), structures[0]
             changes += hang(place, bank_for(place, found[0], banked[name], entries))
         elif place.bank is not None and is_whole:
             changes += take_down(place)
     kept = [] if is_whole else [name for name, place in discovery.places.items() if place.bank is not None]
     changes += class_changes(discovery, {*banked, *kept})
-    return Grafts(changes, discovery.places, banked, at, _aliases(model))
+    return Grafts(model, changes, discovery.places, banked, at)
 
 
 def _discovered(model: nn.Module, saved: Saved, paths: Mapping[int, list[str]]) -> Discovery:
@@ -131,9 +131,10 @@ def _check_all_used(saved: Saved, at: Mapping[str, Sequence[str]], discovery: Di
         if path not in known:
             names = _site_names(discovery.model, path, paths)
             reasons = [discovery.declined[name] for name in names if name in discovery.declined]
+            reason = reasons[0] if reasons else "it has no producer of that name"
             raise StateError(
                 f"the state dict has a bank at '{path}', and '{names[0]}' is no site of this model: "
-                f"{reasons[0] if reasons else 'it has no producer of that name'}. Build the model as it was when saved"
+                f"{reason}. Build the model as it was when saved; where a part of it was operated on, restore that part"
             )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -145,8 +146,19 @@ def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, at: i
 def resume(
     optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, births: Sequence[int], axes: UnitAxes = ROWS
 ) -> list[Change]:
-    """Plan the changes that register rows as they would be, had the process not ended."""
-    return globals()["births"](optimizers, parameter, rows, births, axes)  # type: ignore[no-any-return]
+    """Plan the changes that register rows as they would be, had the process that operated on them not ended.
+
+    `births`: r values of `birth_step` at surgery, of which the clocks have to be started before.
+    """
+    changes = register_births(optimizers, parameter, rows, births, axes)
+    now = age_clock(optimizers, parameter)
+    newest = torch.tensor([born == now for born in births], dtype=torch.bool, device=rows.device)
+    for optimizer, group in _owners(optimizers, parameter):
+        family = family_of(optimizer)
+        if family is not None and family.first_step and group.get("dampening") and optimizer.state.get(parameter):
+            due = rows[newest]
+            changes += register(optimizer, parameter, due, [1] * due.numel(), axes) if due.numel() else []
+    return changes
 
 
 def refresh(
@@ -207,6 +219,9 @@ def births(
         if any(born > 0 for born in own) or parameter in young_rows(optimizer):
             changes += register(optimizer, parameter, rows, own, axes)
     return changes
+
+
+register_births = births  # for `resume`, which has an argument of that name
 
 
 def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[str]:

@@ -177,7 +177,7 @@ def test_compiled_models_and_parts_are_restored_from_uncompiled_ones_and_back():
     assert_same_model(back, plain, (x(),))
     whole = torch.compile(nn.Sequential(mlp(), nn.Linear(2, 2)), backend="eager")
     surgery.restore(whole, inside.state_dict())
-    assert_same_output(outcome(whole, (x(),)), outcome(inside, (x(),)), 2e-6)
+    assert torch.allclose(whole(x()), inside(x()), atol=1e-6)
 
 
 def test_a_part_is_restored_by_its_prefix():
