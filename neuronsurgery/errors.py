@@ -12,6 +12,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- ModelError          TypeError      no module; lazy, quantized, scripted or inference tensors
     |-- EquivalenceError                   the output moved beyond the tolerance; everything was rolled back
     |-- UndoError           ValueError     a later operation intervened
+    |-- CheckError          RuntimeError   problems that surgery.check found, and that there must not be
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -62,6 +63,10 @@ class EquivalenceError(SurgeryError):
 
 class UndoError(SurgeryError, ValueError):
     """An operation that can no longer be undone because a later one intervened."""
+
+
+class CheckError(SurgeryError, RuntimeError):
+    """A model or an optimizer that `surgery.check` finds problems in, raised by `require()`."""
 
 
 class FormatError(SurgeryError, ValueError):

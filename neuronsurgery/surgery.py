@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
+from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
 from neuronsurgery.combining import Criterion
 from neuronsurgery.composites import Composites, Member
 from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
+    CheckError,
     CriterionError,
     DrawError,
     EquivalenceError,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from neuronsurgery.backend import Backend
 
 __all__ = [
+    "Check",
+    "CheckError",
     "Composites",
     "Criterion",
     "CriterionError",
@@ -60,6 +64,7 @@ __all__ = [
     "OptimizerError",
     "Plan",
     "PlanError",
+    "Problem",
     "Quantity",
     "Random",
     "Report",
@@ -73,6 +78,7 @@ __all__ = [
     "UndoError",
     "Units",
     "UntraceableError",
+    "check",
     "composites",
     "discover",
     "knife",
@@ -284,6 +290,33 @@ def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
         UndoError: a later operation intervened on one of the units (undo that one first), or it is not in the model.
     """
     return _backend(model).undo(model, report, optimizer=optimizer)
+
+
+def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
+    """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
+
+    Trainable parameters that no optimizer owns or that several do, frozen rows that something could move, banks that
+    have no effect or disagree with their layer, step hooks and ages that a copy or a resume has lost, old weights
+    written back into slots, rows and optimizer state that are not finite, target networks of another structure.
+
+    Args:
+        model: any `torch.nn.Module`; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several. None: nothing is said of parameters without one.
+        mirrors: networks that should have the same structure, one or several.
+
+    Returns:
+        The check: true if there is no problem. `.problems` say where, what was found and what to do; `.require()`
+        raises `CheckError` if there are any.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        >>> found = check(model, optimizer)
+        >>> found.ok, found.problems[0].where
+        (False, '2.weight, 2.bias')
+    """
+    return _backend(model).check(model, optimizer, mirrors=mirrors)
 
 
 def composites(model: Any) -> Composites:

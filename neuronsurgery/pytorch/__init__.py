@@ -2,6 +2,7 @@
 
 from neuronsurgery.pytorch.entry import (
     ages,
+    check,
     check_source,
     composites,
     discover,
@@ -15,6 +16,7 @@ from neuronsurgery.pytorch.entry import (
 
 __all__ = [
     "ages",
+    "check",
     "check_source",
     "composites",
     "discover",
