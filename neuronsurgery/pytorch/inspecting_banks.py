@@ -101,8 +101,14 @@ def _disagreements(place: Place, bank: Composite) -> Iterator[str]:
     if odd := _unpaired(rows):
         yield f"units {listed(odd)} do not have a compensation row for each knowledge row"
     room = room_for(len(rows), num_units)
-    for buffer, slots in zip(place.buffer_names, place.slots, strict=True):
-        yield from _misfit(buffer, bank._buffers.get(buffer), slots, room)
+    misfits = [
+        misfit
+        for buffer, slots in zip(place.buffer_names, place.slots, strict=True)
+        for misfit in _misfit(buffer, getattr(bank, buffer, None), slots, room)
+    ]
+    if misfits:
+        yield from misfits
+        return
     stale = [key for key, table in bank.tables(rows).items() if not _is_same(getattr(bank, key, None), table)]
     if stale:
         yield f"its tables ({listed(stale)}) are not those of its structure, so it sums other rows than it holds"
@@ -192,7 +198,7 @@ def _equals(place: Place, bank: Composite, units: Tensor, sign: int) -> Tensor:
     index = torch.tensor([latest[unit] for unit in units.tolist()], dtype=torch.long, device=units.device)
     same = torch.ones(len(units), dtype=torch.bool, device=units.device)
     for buffer, slots in zip(place.buffer_names, place.renewed, strict=True):
-        frozen = bank._buffers[buffer]
+        frozen = getattr(bank, buffer)
         if slots is not None and frozen is not None:
             now, then = slots.take(units), frozen.index_select(0, index)
             same &= (now == then.to(now)).reshape(len(units), -1).all(dim=1)
@@ -206,7 +212,7 @@ def _latest_rows(rows: Rows, sign: int) -> dict[int, int]:
 
 
 def notes(discovery: Discovery, optimizers: Sequence[Optimizer]) -> Iterator[str]:
-    """How many active members have not moved, and of those how many got no gradient just now, after a step of theirs."""
+    """How many active members have not moved, and of those how many got no gradient in a later pass."""
     for name, place in discovery.places.items():
         if place.bank is None or any(True for _ in _disagreements(place, place.bank)):
             continue

@@ -27,7 +27,12 @@ def owner_problems(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterato
     """Parameters that no optimizer trains, and those that are stepped twice; nothing where no optimizer is given."""
     if not optimizers:
         return
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {
+        f"{prefix}.{name}" if prefix else name: p
+        for prefix, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if p is not None and p.requires_grad and not isinstance(module, Composite)  # rows made parameters: see banks
+    }
     if names := optimizer_state.unowned(optimizers, parameters):
         yield Problem(
             "optimizer",

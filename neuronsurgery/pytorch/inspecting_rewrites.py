@@ -9,7 +9,6 @@ from torch import nn
 from neuronsurgery.checks import Problem
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch.carrying import Role
-from neuronsurgery.pytorch.chains import is_sequential
 from neuronsurgery.pytorch.composites import PASSED_BY, Composite
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.operating import banked_names
@@ -57,9 +56,8 @@ def _path_problems(name: str, place: Place, bank: Composite) -> Iterator[Problem
             label = original_class(module).__name__
             found = f"a {label} between it and its activation function was exchanged after the operation"
             yield Problem("bank", name, found, _PUT_BACK)
-    made_for, now = ("".join(f" {each}" for each in path.classes if each) for path in (bank.path, place.path))
-    if made_for != now and any(is_sequential(home.scope) for home in place.homes):
-        yield Problem("bank", name, f"its bank was made for{made_for} behind it, and{now} stands there", _PUT_BACK)
+    if change := place.path_change:
+        yield Problem("bank", name, change, _PUT_BACK)
 
 
 def _class_problems(discovery: Discovery) -> Iterator[Problem]:
@@ -89,7 +87,7 @@ def _class_problems(discovery: Discovery) -> Iterator[Problem]:
             yield Problem(
                 "bank",
                 names[module],
-                f"it is rewritten for a bank that is gone{gone}: the layer was replaced, and its composite units with it",
+                f"it is rewritten for a bank that is gone{gone}: the layer was replaced, with its composite units",
                 "put the operated layer back; if its replacement is meant to be plain, any further operation tidies up",
             )
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from neuronsurgery.errors import UntraceableError
+from neuronsurgery.errors import SurgeryError, UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.branching import branching
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple, numbers_of_starred
@@ -221,6 +221,7 @@ def dispatch(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _dispatch_rarely(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    _require_banks(instance, entry.program.rewrites)
     failure: UntraceableError | None = None
     kind: Any = None
     for constant_numbers in (False, True):
@@ -239,6 +240,27 @@ def _dispatch_rarely(instance: nn.Module, entry: Entry, names: tuple[str, ...], 
         f"{entry.cls.__qualname__}.{entry.method} was called in a new way that cannot be traced, so the composites of "
         f"this module cannot take effect: {failure}. Call it as before, or undo the operation"
     ) from failure
+
+
+def _require_banks(scope: nn.Module, rewrites: Collection[Rewrite]) -> None:
+    """See that the banks which a forward was rewritten for are where they were.
+
+    Raises:
+        SurgeryError: names a bank that is gone.
+    """
+    for rewrite in rewrites:
+        if rewrite.bank is None:
+            continue
+        try:
+            found: Any = submodule(scope, rewrite.bank)
+        except AttributeError:
+            found = None
+        if not isinstance(found, Composite):
+            raise SurgeryError(
+                f"the bank '{rewrite.bank}' of this {original_class(scope).__qualname__} is gone: the layer that it "
+                "belongs to was replaced after the operation (by LoRA, a quantized or another layer), and its "
+                "composite units with it. Put the layer back, or undo the operation before you replace it"
+            )
 
 
 def compiled(graph: fx.Graph, label: str) -> Callable[..., Any]:

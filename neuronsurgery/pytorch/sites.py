@@ -19,7 +19,7 @@ from neuronsurgery.pytorch.survey import FROZEN, Survey
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.sites import Sites
 
-__all__ = ["Discovery", "check_banks_in_place", "discover"]
+__all__ = ["Discovery", "check_banks_in_place", "check_paths", "discover"]
 
 
 @with_parameters_in_place
@@ -108,3 +108,14 @@ def check_banks_in_place(discovery: Discovery) -> None:
             "or observing now would leave its frozen rows out, and change the output. Undo what was changed around "
             "that layer since; surgery.check(model) lists all such banks"
         )
+
+
+def check_paths(discovery: Discovery) -> None:
+    """Refuse to rewrite forwards where a bank's rows could no longer pass what stands behind its layer.
+
+    Raises:
+        ModelError: names the site, and says what was exchanged.
+    """
+    for name, place in discovery.places.items():
+        if change := place.path_change:
+            raise ModelError(f"{name}: {change}; put it back, or undo the operation before you exchange it")
