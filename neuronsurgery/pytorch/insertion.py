@@ -72,7 +72,7 @@ def insert_banks(graph: fx.Graph, scope: nn.Module, rewrites: Collection[Rewrite
                 raise UntraceableError(f"here '{use.producer}' is used otherwise: {use.problem}")
             _check_made_for(use, scope, wanted[use.producer])
             _check_opening(use, wanted[use.producer])
-            guards += [*_bank_guard(wanted[use.producer]), *_path_guards(use, scope), *_shape_guards(use, scope)]
+            guards += [*_path_guards(use, scope), *_shape_guards(use, scope)]
             _insert(graph, use, wanted[use.producer], composites)
     return tuple(guards)
 
@@ -121,13 +121,6 @@ def _check_sources(use: Use, scope: nn.Module, paths: Mapping[str, str]) -> None
 def _tensor_at(scope: nn.Module, path: str) -> Any:
     owner, _, name = path.rpartition(".")
     return getattr(submodule(scope, owner), name) if path else None
-
-
-def _bank_guard(rewrite: Rewrite) -> Iterator[Guard]:
-    """The bank is there; it may have gone with a layer that was replaced."""
-    if rewrite.bank is not None:
-        owner, _, name = rewrite.bank.rpartition(".")
-        yield Guard(owner, (("attribute", name), ("class", None)), Composite)
 
 
 def _path_guards(use: Use, scope: nn.Module) -> Iterator[Guard]:
