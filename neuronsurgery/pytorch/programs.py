@@ -263,8 +263,8 @@ def _missing_bank(scope: nn.Module, guards: Collection[Guard]) -> SurgeryError:
     path = ".".join(filter(None, (guard.module, guard.steps[0][1])))
     return SurgeryError(
         f"the bank '{path}' of this {original_class(scope).__qualname__} is gone: the layer "
-        "it belongs to was replaced after the operation (by LoRA, a quantized or another layer), and its composite units "
-        "with it. Put the layer back, or undo the operation before you replace it"
+        "it belongs to was replaced after the operation (by LoRA, a quantized or another layer), and its composite "
+        "units with it. Put the layer back, or undo the operation before you replace it"
     )
 
 

@@ -433,10 +433,14 @@ def _has_frozen_bias(entries: list[tuple[Reading, str, Use]]) -> bool:
     return bias is not None and not bias.requires_grad
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What torch computes and trains in; float8 and integers are for storing."""
+
+
 def _unfit(weight: nn.Parameter) -> str:
     if weight.is_complex():
         return "complex weights"
-    if not weight.is_floating_point():
+    if weight.dtype not in _DTYPES:
         return f"weights of dtype {weight.dtype}"
     if weight.device.type == "meta":
         return "its weight is on the meta device"
