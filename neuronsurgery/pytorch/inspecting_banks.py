@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +17,7 @@ from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.tables import counted, listed
 
-__all__ = ["bank_problems", "notes"]
+__all__ = ["bank_problems", "latest_rows", "notes"]
 
 _RESTORE = "restore the model from a checkpoint with surgery.restore, or undo the operation"
 
@@ -194,7 +195,7 @@ def _overwritten(name: str, place: Place, bank: Composite) -> Iterator[Problem]:
 
 def _equals(place: Place, bank: Composite, units: Tensor, sign: int) -> Tensor:
     """Whether each unit's slots are its latest frozen rows of a sign, bool (num_units,)."""
-    latest = _latest_rows(bank.rows, sign)
+    latest = latest_rows(bank.rows, sign)
     index = torch.tensor([latest[unit] for unit in units.tolist()], dtype=torch.long, device=units.device)
     same = torch.ones(len(units), dtype=torch.bool, device=units.device)
     for buffer, slots in zip(place.buffer_names, place.renewed, strict=True):
@@ -205,10 +206,11 @@ def _equals(place: Place, bank: Composite, units: Tensor, sign: int) -> Tensor:
     return same
 
 
-def _latest_rows(rows: Rows, sign: int) -> dict[int, int]:
+def latest_rows(rows: Rows, sign: int) -> dict[int, int]:
     """Each operated unit and the index of its latest row of a sign."""
-    order = sorted(range(len(rows)), key=lambda row: int(rows.operation[row]))
-    return {int(rows.unit[row]): row for row in order if rows.sign[row] == sign}
+    order = np.argsort(rows.operation, kind="stable")
+    order = order[rows.sign[order] == sign]
+    return dict(zip(rows.unit[order].tolist(), order.tolist(), strict=True))
 
 
 def notes(discovery: Discovery, optimizers: Sequence[Optimizer]) -> Iterator[str]:
@@ -229,8 +231,8 @@ def _num_silent(place: Place, units: Tensor, optimizers: Sequence[Optimizer]) ->
     now = optimizer_state.age_clock(optimizers, place.weight)
     if place.weight.grad is None or place.bank is None or now is None:
         return None
-    births = {member.unit: member.births[0] for member in place.bank.rows.members()}
-    if not all(0 <= births[unit] < now for unit in units.tolist()):
+    rows, latest = place.bank.rows, latest_rows(place.bank.rows, sign=-1)
+    if not all(0 <= rows.births[latest[unit], 0] < now for unit in units.tolist()):
         return None
     gradient = place.product.axes.take(place.weight.grad, units)
     return int((gradient == 0).reshape(len(gradient), -1).all(dim=1).sum())

@@ -14,6 +14,7 @@ from neuronsurgery.checks import Problem
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.corrections import family_of
+from neuronsurgery.pytorch.inspecting_banks import latest_rows
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.tables import counted, listed
@@ -78,8 +79,7 @@ def age_problems(discovery: Discovery, optimizers: Sequence[Optimizer]) -> Itera
 
 def _births(bank: Composite, column: int) -> dict[int, int]:
     """Each operated unit and the birth of its active member, in the count of one parameter's owner."""
-    ordered = sorted(bank.rows.members(), key=lambda member: member.operation)
-    return {member.unit: member.births[column] for member in ordered}
+    return {unit: int(bank.rows.births[row, column]) for unit, row in latest_rows(bank.rows, sign=-1).items()}
 
 
 def _hook_problems(
