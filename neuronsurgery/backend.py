@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from neuronsurgery.checks import Check
 from neuronsurgery.composites import Composites
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.plans import Plan
@@ -159,6 +160,9 @@ class Backend(Protocol):
 
     def attach(self, model: Any, optimizer: Any) -> None:
         """Install on an optimizer what the operated rows of its model need."""
+
+    def check(self, model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
+        """What stands in the way of a model and its optimizers, nothing changed."""
 
     def composites(self, model: Any) -> Composites:
         """The composite units of a model."""

@@ -14,6 +14,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- EquivalenceError                   the output moved beyond the tolerance; everything was rolled back
     |-- UndoError           ValueError     a later operation intervened
     |-- StateError          RuntimeError   a saved state that does not fit, or that was cast or averaged
+    |-- CheckError          RuntimeError   problems that surgery.check found, and that there must not be
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -72,6 +73,10 @@ class UndoError(SurgeryError, ValueError):
 
 class StateError(SurgeryError, RuntimeError):
     """A saved state that does not fit the model; a structure that was cast, averaged, or written by a newer version."""
+
+
+class CheckError(SurgeryError, RuntimeError):
+    """A model or an optimizer that `surgery.check` finds problems in, raised by `require()`."""
 
 
 class FormatError(SurgeryError, ValueError):

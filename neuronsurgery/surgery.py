@@ -13,11 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, cast
 
+from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
 from neuronsurgery.combining import Criterion
 from neuronsurgery.composites import Composites, Member
 from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
+    CheckError,
     CriterionError,
     DrawError,
     EquivalenceError,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
     from neuronsurgery.backend import Backend
 
 __all__ = [
+    "Check",
+    "CheckError",
     "Composites",
     "Criterion",
     "CriterionError",
@@ -67,6 +71,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Plateau",
+    "Problem",
     "Quantity",
     "Random",
     "Report",
@@ -88,6 +93,7 @@ __all__ = [
     "UntraceableError",
     "accept",
     "attach",
+    "check",
     "composites",
     "discover",
     "knife",
@@ -480,6 +486,33 @@ def attach(model: Any, optimizer: Any) -> None:
         >>> attach(copied, optimizer_of_copy)
     """
     _backend(model).attach(model, optimizer)
+
+
+def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
+    """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
+
+    Trainable parameters that no optimizer owns or that several do, frozen rows that something could move, banks that
+    have no effect or disagree with their layer, step hooks and ages that a copy or a resume has lost, old weights
+    written back into slots, rows and optimizer state that are not finite, target networks of another structure.
+
+    Args:
+        model: any `torch.nn.Module`; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several. None: nothing is said of parameters without one.
+        mirrors: networks that should have the same structure, one or several.
+
+    Returns:
+        The check: true if there is no problem. `.problems` say where, what was found and what to do; `.require()`
+        raises `CheckError` if there are any.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        >>> found = check(model, optimizer)
+        >>> found.ok, found.problems[0].where
+        (False, '2.weight, 2.bias')
+    """
+    return _backend(model).check(model, optimizer, mirrors=mirrors)
 
 
 def composites(model: Any) -> Composites:

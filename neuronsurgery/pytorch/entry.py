@@ -16,6 +16,7 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.inspecting import check
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.sites import Discovery
@@ -28,6 +29,7 @@ __all__ = [
     "accept",
     "ages",
     "attach",
+    "check",
     "check_source",
     "composites",
     "discover",

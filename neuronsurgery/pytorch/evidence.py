@@ -29,7 +29,7 @@ from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import listening
 from neuronsurgery.pytorch.transaction import run
@@ -58,15 +58,15 @@ def evidence_of_gradients(discovery: Discovery) -> Evidence:
     Raises:
         EvidenceError: no site's weight has a gradient.
     """
-    present = gradients_of(discovery.places)
-    if discovery.places and not present:
+    present = gradients_of(discovery.learning)
+    if discovery.learning and not present:
         raise EvidenceError(
-            f"no gradients are present: all {len(discovery.places)} sites' weights have .grad None. Call "
+            f"no gradients are present: all {len(discovery.learning)} sites' weights have .grad None. Call "
             "loss.backward() first, or measure with surgery.observe(model, optimizer) in training or "
             "surgery.probe(model, batches, loss_fn), and pass evidence="
         )
     evidence = Evidence(discovery.sites, source=weakref.ref(discovery.model))
-    evidence.record_step(_norms(discovery.places, present))
+    evidence.record_step(_norms(discovery.learning, present))
     return evidence
 
 
@@ -159,6 +159,7 @@ def observe(
         raise EvidenceError(f"every={every}: measure every first, second, ... step, so pass 1 or more")
     model = unwrap(model)
     discovery = discover(model, include=sites)
+    check_banks_in_place(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(model.named_parameters()))
     evidence = Evidence(discovery.sites, source=weakref.ref(model))
@@ -192,7 +193,7 @@ def _after_optimizer_steps(
 
     def reader(optimizer: Optimizer) -> Callable[..., None]:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        places = {name: place for name, place in discovery.places.items() if id(place.weight) in owned}
+        places = {name: place for name, place in discovery.learning.items() if id(place.weight) in owned}
 
         def read(*_: Any) -> None:
             if clock.is_on:
@@ -213,9 +214,9 @@ def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock, scal
 
     def finish() -> None:
         pending.clear()
-        if clock.is_on and (gradients := gradients_of(discovery.places)):
+        if clock.is_on and (gradients := gradients_of(discovery.learning)):
             scaling = Scaling.of_scaler(scaler, next(iter(gradients.values())).device)
-            record_step(evidence, discovery.places, gradients, scaling)
+            record_step(evidence, discovery.learning, gradients, scaling)
         clock.step += 1
 
     def arrived(_: Tensor) -> None:
@@ -225,7 +226,7 @@ def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock, scal
 
     handles = [
         place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
-        for place in discovery.places.values()
+        for place in discovery.learning.values()
     ]
     with _installed(handles):
         yield
@@ -248,7 +249,7 @@ def _installed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any = None) -> Iterator[None]:
     """Let the activations of every site flow through taps for as long as the context is open."""
     sinks = {
-        id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.places.items()
+        id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.learning.items()
     }
     try:
         with listening(sinks):
@@ -313,8 +314,9 @@ def probe(
         )
     inner = unwrap(model)
     discovery = discover(inner, include=sites)
+    check_banks_in_place(discovery)
     evidence = Evidence(discovery.sites, source=weakref.ref(inner))
-    weights = {name: place.weight for name, place in discovery.places.items()}
+    weights = {name: place.weight for name, place in discovery.learning.items()}
     with left_alone(inner), tapped(discovery, evidence, Clock(1)):
         for batch in batches:
             with torch.enable_grad():
@@ -322,7 +324,7 @@ def probe(
             _check_loss(loss)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             present = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
-            record_step(evidence, discovery.places, present)
+            record_step(evidence, discovery.learning, present)
     if evidence.num_steps + evidence.num_skipped == 0:
         raise EvidenceError(
             "probe found no batch, or none whose loss depends on a site's weights; nothing was measured"

@@ -28,7 +28,7 @@ from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
@@ -53,6 +53,8 @@ def operate(
     check_drawing(init, generator)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
+    check_banks_in_place(discovery)
+    check_paths(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
@@ -100,8 +102,8 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         ModelError: weights that are not finite.
     """
     for name, units in plan.units.items():
-        if name not in discovery.places:
-            reason = discovery.declined.get(name, "the model has no producer of that name")
+        if name not in discovery.learning:
+            reason = discovery.sites.declined.get(name, "the model has no producer of that name")
             raise PlanError(f"the plan operates on {name!r}, which is no site of this model: {reason}")
         place = discovery.places[name]
         if name in plan.sites and plan.sites[name].num_units != place.site.num_units:
@@ -237,6 +239,7 @@ def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Op
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
     check_undo(report, discovery)
+    check_banks_in_place(discovery)
     before = num_weights(model)
     changes: list[Change] = []
     emptied: set[str] = set()
