@@ -174,11 +174,23 @@ class Composite(nn.Module):
             "reference": rows.reference(self.num_units),
         }
         device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
-        return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
+        found = {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
+        _let_grow(found["order"], 0, 1)
+        _let_grow(found["units"], 0)
+        return found
 
     def _tabulate(self) -> None:
         for name, value in self.tables(self.rows).items():
             setattr(self, name, value)
+        for name in self.buffer_names():
+            _let_grow(self._buffers[name], 0)
+
+    def _stored(self, name: str) -> Any:
+        """A buffer, read so that torch's compiler takes its size for one that may change.
+
+        What it reads through a module's attributes of parameters and buffers it takes to be of one size for good.
+        """
+        return self.__dict__["_buffers"][name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
@@ -200,7 +212,8 @@ class Composite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
-        return self.product(x, self.frozen_weight, self.frozen_bias, self.units.to(x.device))
+        weight, bias = (self._stored(name) for name in FIRST_NAMES)
+        return self.product(x, weight, bias, self.units.to(x.device))
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
@@ -210,7 +223,7 @@ class Composite(nn.Module):
                     f"the weight is computed from '{source.path}' now, of which this bank has no frozen rows; call it "
                     "as before, or undo the operation"
                 )
-        stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
+        stored = {source.name: self._stored(source.name) for source in recipe.sources if source.name}
         units = self.units.to(x.device)
         return self.product(x, *recipe.rows(compute, stored, live, units), units)
 
@@ -281,7 +294,7 @@ class Composite(nn.Module):
                 "for which the bank was made; undo the operation before you change it"
             )
         span = path.span(index)
-        return [getattr(self, name) for name in self.buffer_names()[2:][span]]
+        return [self._stored(name) for name in self.buffer_names()[2:][span]]
 
     def gathered(self, other: Any, axis: int) -> Any:
         """Each row's unit's part of a tensor from elsewhere; what has no unit axis is the same for all rows.
@@ -378,6 +391,19 @@ class Composite(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
+
+
+def _let_grow(value: Tensor | None, *axes: int) -> None:
+    """Let torch's compiler leave the sizes of these axes open from the first time it sees them.
+
+    Else each layer's first growth recompiles, and every growth of a bank below one of torch's own layers, whose tensors
+    are taken to be of one size for good unless that setting is off. Parameters and buffers are not concerned: another
+    setting fixes theirs, so what reads a bank's rows goes by `_stored`.
+    """
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    if value is not None:
+        for axis in axes:
+            torch._dynamo.maybe_mark_dynamic(value, axis)
 
 
 def _padded(value: Tensor, room: int) -> Tensor:
