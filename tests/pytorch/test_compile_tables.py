@@ -78,7 +78,8 @@ def saved(model: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
 
 
 def emptied(model: nn.Module) -> nn.Module:
