@@ -25,7 +25,6 @@ from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
 
 STRUCTURE_FORMAT = 1
-TABLES = ("order", "source", "units", "reference")
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,22 @@ def frozen_names(path: UnitPath, extras: Sequence[str] = ()) -> tuple[str, ...]:
     return (*FIRST_NAMES, *tensors, *extras)
 
 
+def _table(name: str) -> Any:
+    """A gather table of a bank, an attribute in two versions: one that may grow, to compile, and one to export."""
+
+    def read(bank: Composite) -> Tensor | None:
+        return (bank.fixed_tables if torch.compiler.is_exporting() else bank.growing_tables)[name]
+
+    def write(bank: Composite, value: Tensor | None) -> None:
+        bank.fixed_tables[name] = value
+        bank.growing_tables[name] = _let_grow(None if value is None else value.detach(), *_GROWING_AXES[name])
+
+    return property(read, write)
+
+
+_GROWING_AXES: dict[str, tuple[int, ...]] = {"order": (0, 1), "source": (), "units": (0,), "reference": ()}
+
+
 class Composite(nn.Module):
     """The bank of one producer: frozen rows, their structure, and the sum into composite units.
 
@@ -137,10 +152,10 @@ class Composite(nn.Module):
 
     frozen_weight: Tensor
     frozen_bias: Tensor | None
-    order: Tensor
-    source: Tensor | None
-    units: Tensor
-    reference: Tensor
+    order = _table("order")
+    source = _table("source")
+    units = _table("units")
+    reference = _table("reference")
 
     def __init__(
         self,
@@ -155,6 +170,8 @@ class Composite(nn.Module):
         self.product, self.path, self.num_units = product, path, num_units
         self.rows, self.recipe = rows, recipe
         self.site = ""
+        self.growing_tables: dict[str, Tensor | None] = {}
+        self.fixed_tables: dict[str, Tensor | None] = {}
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
         self._tabulate()
@@ -174,10 +191,7 @@ class Composite(nn.Module):
             "reference": rows.reference(self.num_units),
         }
         device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
-        found = {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
-        _let_grow(found["order"], 0, 1)
-        _let_grow(found["units"], 0)
-        return found
+        return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
 
     def _tabulate(self) -> None:
         for name, value in self.tables(self.rows).items():
@@ -188,9 +202,10 @@ class Composite(nn.Module):
     def _stored(self, name: str) -> Any:
         """A buffer, read so that torch's compiler takes its size for one that may change.
 
-        What it reads through a module's attributes of parameters and buffers it takes to be of one size for good.
+        What it reads through a module's attributes of parameters and buffers it takes to be of one size for good. An
+        exported program is of one size.
         """
-        return self.__dict__["_buffers"][name]
+        return getattr(self, name) if torch.compiler.is_exporting() else self.__dict__["_buffers"][name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
@@ -199,7 +214,8 @@ class Composite(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in TABLES}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"growing_tables": {}, "fixed_tables": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -393,17 +409,18 @@ class Composite(nn.Module):
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
 
 
-def _let_grow(value: Tensor | None, *axes: int) -> None:
-    """Let torch's compiler leave the sizes of these axes open from the first time it sees them.
+def _let_grow(value: Tensor | None, *axes: int) -> Tensor | None:
+    """Let torch's compiler leave the sizes of these axes of a tensor open from the first time it sees them.
 
-    Else each layer's first growth recompiles, and every growth of a bank below one of torch's own layers, whose tensors
-    are taken to be of one size for good unless that setting is off. Parameters and buffers are not concerned: another
-    setting fixes theirs, so what reads a bank's rows goes by `_stored`.
+    The tensor is marked and handed back. Unmarked, each layer's first growth recompiles; and below one of torch's own
+    layers, whose tensors are taken to be of one size for good unless that setting is off, every growth of a bank.
+    Parameters and buffers are not concerned: another setting fixes theirs, so a bank's rows are read by `_stored`.
     """
     torch._dynamo.config.force_nn_module_property_static_shapes = False
     if value is not None:
         for axis in axes:
             torch._dynamo.maybe_mark_dynamic(value, axis)
+    return value
 
 
 def _padded(value: Tensor, room: int) -> Tensor:

@@ -217,8 +217,12 @@ def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
             sites = module.__dict__.get(PASSED_BY, frozenset())
             yield SetItem(vars(module), PASSED_BY, sites | {bank.site})
         return
-    tables = bank.tables(bank.rows)
-    for values, held in ((bank._buffers, old._buffers), (tables, vars(old))):
+    pairs: tuple[tuple[dict[str, Tensor | None], dict[str, Tensor | None]], ...] = (
+        (bank._buffers, old._buffers),
+        (bank.fixed_tables, old.fixed_tables),
+        (bank.growing_tables, old.growing_tables),
+    )
+    for values, held in pairs:
         for name, value in values.items():
             current = held[name]
             if current is not None and value is not None and current.shape == value.shape:
