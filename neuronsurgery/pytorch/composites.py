@@ -26,8 +26,6 @@ from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
 
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
 
-TABLES = ("order", "source", "units", "reference")
-
 
 @dataclass(frozen=True)
 class UnitPath:
@@ -127,6 +125,22 @@ def frozen_names(path: UnitPath, extras: Sequence[str] = ()) -> tuple[str, ...]:
     return (*FIRST_NAMES, *tensors, *extras)
 
 
+def _table(name: str) -> Any:
+    """A gather table of a bank, an attribute in two versions: one that may grow, to compile, and one to export."""
+
+    def read(bank: Composite) -> Tensor | None:
+        return (bank.fixed_tables if torch.compiler.is_exporting() else bank.growing_tables)[name]
+
+    def write(bank: Composite, value: Tensor | None) -> None:
+        bank.fixed_tables[name] = value
+        bank.growing_tables[name] = _let_grow(None if value is None else value.detach(), *_GROWING_AXES[name])
+
+    return property(read, write)
+
+
+_GROWING_AXES: dict[str, tuple[int, ...]] = {"order": (0, 1), "source": (), "units": (0,), "reference": ()}
+
+
 class Composite(nn.Module):
     """The bank of one producer: frozen rows, their structure, and the sum into composite units.
 
@@ -138,10 +152,10 @@ class Composite(nn.Module):
 
     frozen_weight: Tensor
     frozen_bias: Tensor | None
-    order: Tensor
-    source: Tensor | None
-    units: Tensor
-    reference: Tensor
+    order = _table("order")
+    source = _table("source")
+    units = _table("units")
+    reference = _table("reference")
 
     def __init__(
         self,
@@ -157,6 +171,8 @@ class Composite(nn.Module):
         self.rows, self.recipe = rows, recipe
         self.site = ""
         self.clocks: tuple[Clock | None, ...] = ()  # what its births are counted by, where no optimizer does
+        self.growing_tables: dict[str, Tensor | None] = {}
+        self.fixed_tables: dict[str, Tensor | None] = {}
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
         self._tabulate()
@@ -181,6 +197,16 @@ class Composite(nn.Module):
     def _tabulate(self) -> None:
         for name, value in self.tables(self.rows).items():
             setattr(self, name, value)
+        for name in self.buffer_names():
+            _let_grow(self._buffers[name], 0)
+
+    def _stored(self, name: str) -> Any:
+        """A buffer, read so that torch's compiler takes its size for one that may change.
+
+        What it reads through a module's attributes of parameters and buffers it takes to be of one size for good. An
+        exported program is of one size.
+        """
+        return getattr(self, name) if torch.compiler.is_exporting() else self.__dict__["_buffers"][name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
@@ -189,7 +215,8 @@ class Composite(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in TABLES}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"growing_tables": {}, "fixed_tables": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -202,7 +229,8 @@ class Composite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
-        return self.product(x, self.frozen_weight, self.frozen_bias, self.units.to(x.device))
+        weight, bias = (self._stored(name) for name in FIRST_NAMES)
+        return self.product(x, weight, bias, self.units.to(x.device))
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
@@ -212,7 +240,7 @@ class Composite(nn.Module):
                     f"the weight is computed from '{source.path}' now, of which this bank has no frozen rows; call it "
                     "as before, or undo the operation"
                 )
-        stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
+        stored = {source.name: self._stored(source.name) for source in recipe.sources if source.name}
         units = self.units.to(x.device)
         return self.product(x, *recipe.rows(compute, stored, live, units), units)
 
@@ -283,7 +311,7 @@ class Composite(nn.Module):
                 "for which the bank was made; undo the operation before you change it"
             )
         span = path.span(index)
-        return [getattr(self, name) for name in self.buffer_names()[2:][span]]
+        return [self._stored(name) for name in self.buffer_names()[2:][span]]
 
     def gathered(self, other: Any, axis: int) -> Any:
         """Each row's unit's part of a tensor from elsewhere; what has no unit axis is the same for all rows.
@@ -451,6 +479,20 @@ def _set_back(clocks: Sequence[Clock | None], counts: Sequence[int]) -> tuple[Cl
 
 def _described(value: Any) -> str:
     return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _let_grow(value: Tensor | None, *axes: int) -> Tensor | None:
+    """Let torch's compiler leave the sizes of these axes of a tensor open from the first time it sees them.
+
+    The tensor is marked and handed back. Unmarked, each layer's first growth recompiles; and below one of torch's own
+    layers, whose tensors are taken to be of one size for good unless that setting is off, every growth of a bank.
+    Parameters and buffers are not concerned: another setting fixes theirs, so a bank's rows are read by `_stored`.
+    """
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    if value is not None:
+        for axis in axes:
+            torch._dynamo.maybe_mark_dynamic(value, axis)
+    return value
 
 
 def _padded(value: Tensor, room: int) -> Tensor:

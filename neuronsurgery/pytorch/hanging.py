@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import PASSED_BY, Composite
 from neuronsurgery.pytorch.places import Place
@@ -25,8 +25,12 @@ def hang(place: Place, bank: Composite) -> Iterator[Change]:
             yield SetItem(owner._modules, name, bank)
         yield from (_Mark(module, bank.site, True) for module in place.passed_modules)
         return
-    tables = bank.tables(bank.rows)
-    for values, held in ((bank._buffers, old._buffers), (tables, vars(old))):
+    pairs: tuple[tuple[dict[str, Tensor | None], dict[str, Tensor | None]], ...] = (
+        (bank._buffers, old._buffers),
+        (bank.fixed_tables, old.fixed_tables),
+        (bank.growing_tables, old.growing_tables),
+    )
+    for values, held in pairs:
         for name, value in values.items():
             current = held[name]
             if current is not None and value is not None and current.shape == value.shape:

@@ -60,7 +60,7 @@ def watch(
     check_drawing(None, generator)
     inner = unwrap(model)
     found = discover(inner, include=sites or ())
-    places = found.places if sites is None else {name: found.places[name] for name in found.sites.subset(sites)}
+    places = found.learning if sites is None else {name: found.places[name] for name in found.sites.subset(sites)}
     optimizers = optimizer_state.as_optimizers(optimizer)
     if not optimizers:
         raise OptimizerError("a schedule counts the steps of an optimizer, and found None; pass the model's optimizer")
