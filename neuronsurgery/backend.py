@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from neuronsurgery.composites import Composites
 from neuronsurgery.evidence import Evidence
+from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
 from neuronsurgery.reports import Report
 from neuronsurgery.sites import Sites
@@ -66,6 +67,11 @@ class Backend(Protocol):
 
     def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
         """Put the old weights of an operation's units back."""
+
+    def mirror(
+        self, model: Any, *, onto: Any, frozen: Literal["own", "shared"] = "own", verify: Any = None
+    ) -> MirrorReport:
+        """Give target networks the structure of a model, all of them or none."""
 
     def composites(self, model: Any) -> Composites:
         """The composite units of a model."""

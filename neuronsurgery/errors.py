@@ -12,6 +12,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- ModelError          TypeError      no module; lazy, quantized, scripted or inference tensors
     |-- EquivalenceError                   the output moved beyond the tolerance; everything was rolled back
     |-- UndoError           ValueError     a later operation intervened
+    |-- MirrorError         ValueError     a target that does not fit the model, or follows it in another way
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -62,6 +63,10 @@ class EquivalenceError(SurgeryError):
 
 class UndoError(SurgeryError, ValueError):
     """An operation that can no longer be undone because a later one intervened."""
+
+
+class MirrorError(SurgeryError, ValueError):
+    """A target that does not fit its model, or that follows it in a way that its frozen rows were not made for."""
 
 
 class FormatError(SurgeryError, ValueError):

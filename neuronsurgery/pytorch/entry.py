@@ -15,6 +15,7 @@ from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.mirrors import mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.sites import Discovery
@@ -27,6 +28,7 @@ __all__ = [
     "composites",
     "discover",
     "measure",
+    "mirror",
     "observe",
     "operate",
     "probe",
