@@ -35,7 +35,7 @@ from neuronsurgery.pytorch.operating import banks_of
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, discover
-from neuronsurgery.pytorch.swapped import swapped_in
+from neuronsurgery.pytorch.swapped import holds_for_others, swapped_in
 from neuronsurgery.pytorch.transaction import Change, SetItem, WriteRows, run
 
 __all__ = ["mirror"]
@@ -79,6 +79,11 @@ def targets_of(model: nn.Module, onto: Any) -> list[nn.Module]:
     for each in found:
         if not isinstance(each, nn.Module):
             raise MirrorError(f"onto= takes a torch.nn.Module or a list of them, found {type(each).__name__}")
+        if holds_for_others(each):
+            raise MirrorError(
+                "the target holds parameters alone (TensorDictParams), which one module runs in turn with the model's: "
+                "it has no structure of its own. Operate before the loss module is built, or build the loss module anew"
+            )
     targets = list(dict.fromkeys(unwrap(each) for each in found))
     if not targets:
         raise MirrorError("onto= holds no target: pass the network that is to follow the model")
