@@ -1,7 +1,7 @@
 """Stacked models: `torch.func.stack_module_state` runs several models as one, under vmap, by the code of one of them.
 
-That one's bank says how all of their frozen rows are summed. So each bank holds a fingerprint of its structure among its
-buffers, which is stacked with the rows, and a bank that finds others than its own among them refuses to run.
+That one's bank says how all of their frozen rows are summed. So each bank holds a fingerprint of its structure among
+its buffers, which is stacked with the rows, and a bank that finds others than its own among them refuses to run.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ The model's operation undone, its slot is (1, 2) - 1 again, and the target's (by
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ from neuronsurgery import surgery
 X, ELSEWHERE = torch.tensor([[2.0, 1.0]]), torch.tensor([[2.0, 3.0]])
 
 
-def network(weight: list[list[float]], bias: list[float]) -> nn.Sequential:
+def network(weight: list[list[float]], bias: list[float]) -> Any:
     made = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1, bias=False))
     for tensor, values in zip(made.state_dict().values(), (weight, bias, [[1.0, 10.0]]), strict=True):
         tensor.copy_(torch.tensor(values))
@@ -47,18 +49,18 @@ def one_minus_one(weight: Tensor) -> None:
 
 
 @pytest.fixture
-def model() -> nn.Sequential:
+def model() -> Any:
     made = network([[1, 2], [3, -1]], [-1, 0])
     surgery.knife(made, surgery.Units({"0": [0]}), init=one_minus_one)
     return made
 
 
 @pytest.fixture
-def target() -> nn.Sequential:
+def target() -> Any:
     return network([[1, 1], [2, -1]], [0, 0]).requires_grad_(False)
 
 
-def train(model: nn.Sequential) -> None:
+def train(model: Any) -> None:
     with torch.no_grad():
         model[0].weight[0] = torch.tensor([1.0, -0.5])
         model[0].bias[0] = 0.5

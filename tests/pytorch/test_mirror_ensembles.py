@@ -1,4 +1,4 @@
-"""Ensembles that `torch.func.stack_module_state` runs as one: members stay stackable while their structures are equal."""
+"""Ensembles that `torch.func.stack_module_state` runs as one: members of equal structure stay stackable."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def test_gradients_of_stacked_members_are_their_own(members):
     base = copy.deepcopy(models[0]).to("meta")
 
     def loss(parameters: Any, buffers: Any) -> Tensor:
-        return functional_call(base, (parameters, buffers), (X,)).square().mean()
+        out: Tensor = functional_call(base, (parameters, buffers), (X,))
+        return out.square().mean()
 
     found = vmap(grad(loss))(*stack_module_state(models))
     for index, model in enumerate(models):

@@ -146,7 +146,7 @@ def gap(model: Model, target: Model) -> float:
         return float((model(X) - target(X)).abs().max())
 
 
-def operated(name: str, frozen: str, units: tuple[int, ...] = (1, 5)) -> tuple[Model, Model, Model, Model]:
+def operated(name: str, frozen: Any, units: tuple[int, ...] = (1, 5)) -> tuple[Model, Model, Model, Model]:
     """A model and its target after an operation and mirroring, and a twin pair without."""
     model = network()
     target = follower(model, name)
@@ -167,7 +167,8 @@ def lag_of(target: Model) -> dict[str, tuple[int, ...]]:
 def test_a_target_mirrored_in_the_right_mode_converges_as_its_unoperated_twin(name, frozen):
     model, target, twin, twins_target = operated(name, frozen)
     start = gap(twin, twins_target)
-    moved(model, 1), moved(twin, 1)
+    for each in (model, twin):
+        moved(each, 1)
     for step in range(160):
         FOLLOW[name](target, model), FOLLOW[name](twins_target, twin)
         if step in (0, 5, 159):
@@ -336,7 +337,7 @@ def test_a_teacher_with_batch_norm_converges_to_the_student(statistics):
 def test_stochastic_weight_averaging_is_the_mean_of_what_was_averaged(frozen):
     """With the model at rest after the operation, every later average keeps the share of what was averaged before."""
     model = network()
-    average = AveragedModel(model)
+    average: Any = AveragedModel(model)
     average.update_parameters(model)
     surgery.knife(model, surgery.Units({"0": [1, 5]}))
     surgery.mirror(model, onto=average, frozen=frozen)
