@@ -138,6 +138,23 @@ def test_undone_and_repeated_operations_are_taken_back_and_made_again(frozen):
     assert torch.equal(target[0].weight[5], torch.ones(4))
 
 
+def test_rows_in_another_order_are_put_in_the_models():
+    found, target = pair()
+    surgery.knife(found.model, surgery.Units(found.units(1, 5)))
+    target = copy.deepcopy(found.model).eval()
+    bank = target[0].composite
+    state, table = bank.state_dict(), bank.rows.encoded()[[1, 0, 3, 2]]
+    state["_extra_state"][-table.size :] = torch.from_numpy(table).reshape(-1)
+    for name in ("frozen_weight", "frozen_bias"):
+        state[name][:4] = state[name][[1, 0, 3, 2]]
+    bank.load_state_dict(state)
+    before = target(found.x)
+    assert structure(target) != structure(found.model)
+    assert surgery.mirror(found.model, onto=target).num_units == 0
+    assert structure(target) == structure(found.model)
+    assert torch.allclose(target(found.x), before, atol=1e-6)
+
+
 def test_when_all_is_undone_the_target_is_as_it_was():
     found, target = pair()
     before = everything(target)
