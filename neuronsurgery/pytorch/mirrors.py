@@ -137,7 +137,7 @@ def _prepare_site(prepared: Prepared, place: Place, source: Place | None, frozen
     prepared.changes.extend(_slot_changes(place, renewal))
     prepared.changes.extend(take_down(place) if made is None else hang(place, made))
     if made is not None:
-        prepared.changes.append(_mark(place, made, source, new if frozen == "own" else []))
+        prepared.changes.append(_mark(place, made, source, new))
     for found, keys in ((prepared.made, new), (prepared.taken_back, surplus)):
         if keys:
             found[name] = tuple(sorted({unit for unit, _ in keys}))
@@ -184,7 +184,7 @@ def _slot_changes(place: Place, renewal: Renewal) -> Iterator[Change]:
 
 
 def _mark(place: Place, made: Composite, source: Place | None, new: Sequence[Key]) -> Change:
-    """Note in the bank which of its knowledge rows are the target's own, and lag behind the model's."""
+    """Note in the bank which of its knowledge rows lag behind the model's: of shared ones, none."""
     assert source is not None and source.bank is not None
     rows = key_rows(made.rows, 1)
     index = [rows[key] for key in new]

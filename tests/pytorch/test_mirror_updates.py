@@ -274,6 +274,15 @@ def test_averages_with_small_rates_raise_no_false_alarm(dtype):
     assert lag_of(target) == {}
 
 
+def test_an_offset_is_found_in_rows_of_earlier_mirrorings_too():
+    model, target, *_ = operated("parameters copied", "own")
+    surgery.knife(model, surgery.Units({"0": [5, 7]}))
+    surgery.mirror(model, onto=target)
+    moved(model, 1)
+    hard_by_parameters(target, model)
+    assert lag_of(target) == {"0": (1, 5, 7), "3": (1, 5)}
+
+
 def test_the_offset_is_found_on_a_target_that_was_copied():
     model, target, *_ = operated("parameters copied", "own")
     moved(model, 1)

@@ -262,6 +262,25 @@ def test_batch_norms_statistics_are_the_targets_own_as_at_surgery():
     assert [float(row) for row in target[0].composite.running_path_2[:2]] == [3, 3] and target[1].running_mean[3] == 3
 
 
+def test_shared_rows_that_both_have_keep_the_targets_running_statistics():
+    model = normed()
+    target = lagging(model)
+    surgery.knife(model, surgery.Units({"0": [3]}))
+    surgery.mirror(model, onto=target, frozen="shared")
+    target[0].composite.running_path_2[:2] = 7
+    surgery.knife(model, surgery.Units({"0": [4]}))
+    surgery.mirror(model, onto=target, frozen="shared")
+    assert target[0].composite.running_path_2[:4].tolist() == [7, 7, 0, 0]
+
+
+def test_banks_are_in_their_layers_mode():
+    found, target = pair()
+    operated(found, 1)
+    target[0].train()
+    surgery.mirror(found.model, onto=target)
+    assert (target[0].composite.training, target[2].composite.training) == (True, False)
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +362,48 @@ def test_a_target_that_does_not_fit_is_refused_and_nothing_changes(case):
         surgery.mirror(model, onto=onto)
     assert [everything(each) for each in (model, fits)] == states
     assert before is None or everything(target) == before
+
+
+class Ties(nn.Module):
+    """Two layers that may hold one weight, and one bias."""
+
+    def __init__(self, weight: bool, bias: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        if weight:
+            self.two.weight = self.one.weight
+        if bias:
+            self.two.bias = self.one.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(torch.relu(self.two(torch.relu(self.one(x)))))
+        return out
+
+
+def convolution(stride: int) -> Model:
+    return nn.Sequential(nn.Conv1d(1, 4, 3, stride=stride), nn.ReLU(), nn.Conv1d(4, 1, 1))
+
+
+def layer(num_inputs: int) -> Model:
+    return nn.Sequential(nn.Linear(num_inputs, 4), nn.ReLU(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "site", "message"),
+    [
+        pytest.param(convolution(1), convolution(2), "0", "it computes Convolution.*stride=", id="stride"),
+        pytest.param(layer(4), layer(5), "0", r"a unit's weights are \[\(5,\), \(\)\], in the model", id="inputs"),
+        pytest.param(Ties(True, True), Ties(False, False), "one", "it is held by", id="tied in the model"),
+        pytest.param(Ties(False, False), Ties(True, True), "one", "it is held by", id="tied in the target"),
+        pytest.param(Ties(False, False), Ties(False, True), "one", "have of their own", id="tied bias"),
+    ],
+)
+def test_what_a_target_computes_otherwise_is_named(model, target, site, message):
+    surgery.knife(model, surgery.Units({site: [1]}))
+    before = everything(target)
+    with pytest.raises(surgery.MirrorError, match=message):
+        surgery.mirror(model, onto=target)
+    assert everything(target) == before
 
 
 def test_another_word_for_frozen_is_refused():
