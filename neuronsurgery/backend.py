@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from neuronsurgery.checks import Check
 from neuronsurgery.composites import Composites
 from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
 from neuronsurgery.reports import Report
 from neuronsurgery.sites import Sites
@@ -163,6 +164,11 @@ class Backend(Protocol):
 
     def check(self, model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
         """What stands in the way of a model and its optimizers, nothing changed."""
+
+    def mirror(
+        self, model: Any, *, onto: Any, frozen: Literal["own", "shared"] = "own", verify: Any = None
+    ) -> MirrorReport:
+        """Give target networks the structure of a model, all of them or none."""
 
     def composites(self, model: Any) -> Composites:
         """The composite units of a model."""

@@ -15,6 +15,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- UndoError           ValueError     a later operation intervened
     |-- StateError          RuntimeError   a saved state that does not fit, or that was cast or averaged
     |-- CheckError          RuntimeError   problems that surgery.check found, and that there must not be
+    |-- MirrorError         ValueError     a target that does not fit the model, or follows it in another way
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -77,6 +78,10 @@ class StateError(SurgeryError, RuntimeError):
 
 class CheckError(SurgeryError, RuntimeError):
     """A model or an optimizer that `surgery.check` finds problems in, raised by `require()`."""
+
+
+class MirrorError(SurgeryError, ValueError):
+    """A target that does not fit its model, or that follows it in a way that its frozen rows were not made for."""
 
 
 class FormatError(SurgeryError, ValueError):

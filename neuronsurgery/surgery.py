@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
@@ -25,6 +25,7 @@ from neuronsurgery.errors import (
     EquivalenceError,
     EvidenceError,
     FormatError,
+    MirrorError,
     ModelError,
     OptimizerError,
     PlanError,
@@ -37,6 +38,7 @@ from neuronsurgery.errors import (
 )
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
+from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
 from neuronsurgery.schedules import Act, Scheduling, Settings, needs_of
@@ -66,6 +68,9 @@ __all__ = [
     "Last",
     "Lowest",
     "Member",
+    "MirrorError",
+    "MirrorReport",
+    "Mirrored",
     "ModelError",
     "OptimizerError",
     "Plan",
@@ -97,6 +102,7 @@ __all__ = [
     "composites",
     "discover",
     "knife",
+    "mirror",
     "observe",
     "operate",
     "plan",
@@ -513,6 +519,43 @@ def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
         (False, '2.weight, 2.bias')
     """
     return _backend(model).check(model, optimizer, mirrors=mirrors)
+
+
+def mirror(model: Any, *, onto: Any, frozen: Literal["own", "shared"] = "own", verify: Any = None) -> MirrorReport:
+    """Give target, average or teacher networks the structure of an operated model: all of them, or none.
+
+    Call it after each operation on the model, and after each `undo`, before the target is next updated. Operations that
+    both have stay as they are; those that the model no longer has are taken back. Optimizers are not concerned.
+
+    Args:
+        model: the network that was operated on.
+        onto: the target, or several, built as the model was; wrappers (DDP, compiled, `AveragedModel`) are taken off.
+        frozen: whose frozen rows a target holds. `"own"`: its knowledge is its own old unit, so its output does not
+            change; for targets whose frozen rows follow the model's: copied or averaged by state dict. `"shared"`: the
+            model's, and so are the slots of these units, so its output moves by what they lagged behind; for targets of
+            which parameters alone are averaged or copied.
+        verify: a batch, as for `knife`, on which each target is compared before and after. Under `"own"` beyond the
+            tolerance of its dtype is an error, where nothing was taken back; else the report says by how much it moved.
+
+    Returns:
+        The report: for each target the units, site by site, and by how much they moved.
+
+    Raises:
+        MirrorError: a target of other structure, one that was operated on by itself, the model itself; under `"own"`
+            also a target whose parameters alone have followed the model since it was last mirrored.
+        EquivalenceError: an output moved that must not; everything was put back.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> target = copy.deepcopy(model).requires_grad_(False)
+        >>> report = knife(model, Units({"0": [1, 5]}))
+        >>> mirror(model, onto=target).num_units
+        2
+        >>> target.load_state_dict(model.state_dict())
+        <All keys matched successfully>
+    """
+    return _backend(model).mirror(model, onto=onto, frozen=frozen, verify=verify)
 
 
 def composites(model: Any) -> Composites:

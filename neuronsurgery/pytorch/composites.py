@@ -20,6 +20,7 @@ from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
+from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
 from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
@@ -148,10 +149,12 @@ class Composite(nn.Module):
     path's own tensors `frozen_path_<i>` (capacity, ...), copies of parameters, and `running_path_<i>`, statistics that
     each row keeps. Where a producer computes its weight from several parameters, `frozen_weight` is the first of them,
     and each other has a `frozen_<name>` (capacity, *its_row_shape). Unused rows repeat the first and are never read.
+    `fingerprint` (4,) float32 is not saved: stacked with those of other models it tells whether they are summed alike.
     """
 
     frozen_weight: Tensor
     frozen_bias: Tensor | None
+    fingerprint: Tensor
     order = _table("order")
     source = _table("source")
     units = _table("units")
@@ -195,6 +198,9 @@ class Composite(nn.Module):
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
 
     def _tabulate(self) -> None:
+        device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
+        fingerprint = torch.from_numpy(self.rows.fingerprint(self.num_units)).to(device)
+        self.register_buffer("fingerprint", fingerprint, persistent=False)
         for name, value in self.tables(self.rows).items():
             setattr(self, name, value)
         for name in self.buffer_names():
@@ -363,6 +369,7 @@ class Composite(nn.Module):
 
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:
         """As `assemble`, of slots and rows that have their units on one axis."""
+        check_stacked(self.fingerprint, self.site)
         values = torch.cat([h, rows], axis)
         num_terms, num_columns = self.order.shape
         terms = values.index_select(axis, self.order.to(h.device).reshape(-1))

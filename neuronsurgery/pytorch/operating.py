@@ -26,6 +26,7 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
@@ -58,6 +59,8 @@ def operate(
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
+    if not optimizers:  # a target: what has an optimizer trains by itself
+        refuse_offsets(discovery.places)
     operation = next_operation(model)
     before = num_weights(model)
     state = None if generator is None else generator.get_state()
