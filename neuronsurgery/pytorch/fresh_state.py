@@ -116,6 +116,11 @@ def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:
 
 
 def _refuse_shape(optimizer: Optimizer, key: str, entry: object, parameter: nn.Parameter) -> None:
+    if isinstance(entry, Tensor) and type(entry) not in (Tensor, nn.Parameter):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} keeps its state {key!r} of a parameter of shape {tuple(parameter.shape)} as "
+            f"{type(entry).__name__}, which cannot be read and written row by row. {_ELEMENT_WISE}"
+        )
     if isinstance(entry, Tensor) and entry.shape == parameter.shape:
         return
     found = f"shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"type {type(entry).__name__}"

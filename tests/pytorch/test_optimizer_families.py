@@ -272,3 +272,38 @@ def test_update_sizes_sees_what_a_row_would_do_without_a_replay(monkeypatch: pyt
     trial.surgery(births=False)
     sizes, expected = update_sizes(trial, trial.fresh(TABLE["nadam"]), 30)
     assert (sizes.amax(0) / expected.amax(0)).min() > 2
+
+
+@pytest.mark.slow  # its step compiles itself
+@pytest.mark.situation("Optimizers", "AdamW8bit (torchao)", "refused")
+def test_state_in_blocks_of_few_bits_is_refused_before_anything_changes() -> None:
+    from torchao.optim import AdamW8bit
+
+    parameter = nn.Parameter(torch.randn(64, 128))
+    optimizer = AdamW8bit([parameter])
+    parameter.grad = torch.ones(64, 128)
+    optimizer.step()
+    with pytest.raises(OptimizerError, match=r"AdamW8bit keeps its state 'exp_avg' .* as OptimState8bit, which cannot"):
+        owners.refresh([optimizer], parameter, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        pytest.param(torch.optim.LBFGS, "LBFGS", marks=pytest.mark.situation("Optimizers", "LBFGS", "refused")),
+        pytest.param(
+            torch.optim.SparseAdam, "SparseAdam", marks=pytest.mark.situation("Optimizers", "SparseAdam", "refused")
+        ),
+    ],
+)
+def test_an_optimizer_without_rows_is_refused(make: Callable[..., Optimizer], text: str) -> None:
+    parameter = nn.Parameter(torch.ones(5, 3))
+    optimizer = make([parameter])
+
+    def closure() -> torch.Tensor:
+        parameter.grad = torch.ones(5, 3).to_sparse() if make is torch.optim.SparseAdam else torch.ones(5, 3)
+        return parameter.sum()
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    with pytest.raises(OptimizerError, match=text):
+        owners.refresh([optimizer], parameter, ROWS)

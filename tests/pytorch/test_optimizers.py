@@ -1037,7 +1037,7 @@ UNKNOWN: dict[str, Make] = {
     [
         pytest.param(
             name,
-            marks=pytest.mark.situation("Optimizers", f"{UNKNOWN[name].func.__name__} (pytorch-optimizer)", "works"),  # type: ignore[attr-defined]
+            marks=pytest.mark.situation("Optimizers", f"{name} (pytorch-optimizer)", "works"),
         )
         if name in OUTSIDE
         else name
