@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,3 +104,20 @@ def _hook_problems(
 
 def _owners(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     return [o for o in optimizers if any(p is parameter for group in o.param_groups for p in group["params"])]
+
+
+def _state_problems(
+    name: str, place: Place, slots: Slots, parameter: nn.Parameter, units: list[int], optimizers: Sequence[Optimizer]
+) -> Iterator[Problem]:
+    """Optimizer state of active members that is not finite: their next update would be neither."""
+    index = torch.tensor(units, dtype=torch.long, device=parameter.device)
+    assert slots.axes is not None
+    for optimizer in _owners(parameter, optimizers):
+        for key, entry in optimizer.state.get(parameter, {}).items():
+            if type(entry) is Tensor and entry.shape == parameter.shape and entry.is_floating_point():
+                rows = slots.axes.take(entry, index.to(entry.device))
+                bad = ~rows.reshape(len(rows), -1).isfinite().all(dim=1)
+                if bool(bad.any()):
+                    found = f"the optimizer's {key!r} of units {listed(index[bad.to(index.device)].tolist())} is"
+                    remedy = "load the optimizer's state of an earlier step, or build the optimizer anew"
+                    yield Problem("not finite", f"{name}, '{slots.attribute}'", found, remedy)
