@@ -200,15 +200,18 @@ class Layout:
     `order` (1 + 2 * depth, num_columns), int64: a column's oldest knowledge row, then the positive and then the
     negative terms of its pairs, oldest first. Padding names the unit's own slot in both terms of a pair: an exact
     zero, in the value and in the gradient. `source` (num_units,): for each unit its index in [slots, columns]; None
-    where there is a column for every unit, in order.
+    for a narrow layer, which has a column for every unit, in order, from the first operation on. Which of the two it
+    is depends on the layer alone: code that was compiled for one bank lasts as the bank grows.
 
     Example:
         >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]])
-        >>> layout = Layout.of(rows, num_units=10)    # slots 0 to 9, knowledge row 10, compensation row 11
-        >>> layout.order[:, 0].tolist()           # one pair, and one of padding
-        [10, 1, 1, 11, 1]
-        >>> layout.source.tolist()
-        [0, 10, 2, 3, 4, 5, 6, 7, 8, 9]
+        >>> layout = Layout.of(rows, num_units=4)     # slots 0 to 3, knowledge row 4, compensation row 5
+        >>> layout.order[:, 1].tolist()           # one pair, and one of padding
+        [4, 1, 1, 5, 1]
+        >>> layout.order[:, 2].tolist()           # not operated on: its slot
+        [2, 2, 2, 2, 2]
+        >>> Layout.of(rows, num_units=100).source[:4].tolist()    # a column for the one unit, behind all slots
+        [0, 100, 2, 3]
     """
 
     order: Integers
@@ -218,8 +221,8 @@ class Layout:
     def of(rows: Rows, num_units: int) -> Layout:
         """The layout for these rows, padded to its capacity so that later operations seldom change a shape."""
         operated, times = np.unique(rows.unit[rows.sign == KNOWLEDGE], return_counts=True)
-        width = min(num_units, capacity(len(operated), smallest=capacity(num_units // 4), growth=4))
-        is_full = width == num_units
+        is_full = num_units <= NARROW
+        width = num_units if is_full else _room_for_columns(len(operated), num_units)
         units = np.arange(num_units) if is_full else operated
         columns = np.concatenate([units, np.full(width - len(units), operated[0])])  # spare columns are never read
         depth = capacity(int(times.max()), smallest=2)
@@ -234,6 +237,14 @@ class Layout:
         source = np.arange(num_units)
         source[operated] = num_units + np.arange(len(operated))
         return Layout(order, source)
+
+
+NARROW = 64
+"""Up to so many units a column for each costs no more than telling apart which have one."""
+
+
+def _room_for_columns(num_operated: int, num_units: int) -> int:
+    return min(num_units, capacity(num_operated, smallest=capacity(num_units // 4), growth=4))
 
 
 def _ranked(rows: Rows, sign: int) -> tuple[Integers, Integers, Integers]:

@@ -1,7 +1,10 @@
 """The PyTorch backend: reads models with torch.fx and rewrites their forwards; the only importer of torch."""
 
 from neuronsurgery.pytorch.entry import (
+    accept,
     ages,
+    attach,
+    check,
     check_source,
     composites,
     discover,
@@ -10,12 +13,17 @@ from neuronsurgery.pytorch.entry import (
     observe,
     operate,
     probe,
+    restore,
     seed,
     undo,
+    watch,
 )
 
 __all__ = [
+    "accept",
     "ages",
+    "attach",
+    "check",
     "check_source",
     "composites",
     "discover",
@@ -24,6 +32,8 @@ __all__ = [
     "observe",
     "operate",
     "probe",
+    "restore",
     "seed",
     "undo",
+    "watch",
 ]

@@ -1,10 +1,11 @@
-"""What is known of families of optimizers, and the step hooks that correct what age changes in their updates.
+"""The step hooks that correct what age changes in the updates of young rows, by formula or by replay.
 
 Adam divides its moments by `1 - beta ** step` (Kingma & Ba 2015, algorithm 1), which is wrong for a row younger than
 its parameter: 3.2 times too large at first, 6.6 times at its peak. A pair of step hooks writes the young rows' update
 anew, from the optimizer's own moments, with `age = step - birth` in the place of `step`, until the two corrections
 agree. As the hooks stay for some 16,000 steps they are frugal: where the host knows the count of steps and all young
-rows of a parameter are of one age, the corrections are two numbers and the update seven kernels.
+rows of a parameter are of one age, the corrections are two numbers and the update seven kernels. Optimizers that share
+other numbers have the steps of their young rows replayed (`replaying`), which is dearer and serves them all.
 """
 
 from __future__ import annotations
@@ -20,16 +21,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.fresh_state import Group, own_step
+from neuronsurgery.pytorch.fresh_state import Group
+from neuronsurgery.pytorch.replaying import Before, Shared, replay
 from neuronsurgery.pytorch.step_hooks import install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
-__all__ = ["CORRECTIONS", "Corrections", "Family", "Young", "family_of", "register"]
+__all__ = [
+    "CORRECTIONS",
+    "Corrections",
+    "Family",
+    "Young",
+    "correct_bias",
+    "correct_dampening",
+    "correct_by_replay",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -38,19 +49,34 @@ class Family:
 
     `correct(optimizer, parameter, group, young, sweep)` writes the young rows' update anew after a step and
     returns those that stay young. `ages`: the correction goes by age, so it needs births. `first_step`: there is no
-    count of steps, and only the first update needs correcting.
+    count of steps, and only the first update needs correcting. `shared`: the numbers that all rows of a parameter
+    share, for classes whose steps are replayed. `coupling`: how the update of one row depends on the others, "" where
+    it does not; `means` are entries of their state of which fresh rows take the mean of the other rows.
     """
 
     correct: Callable[[Optimizer, nn.Parameter, Group, Young, bool], Young | None] | None = None
     ages: bool = False
     first_step: bool = False
+    shared: Shared | None = None
+    coupling: str = ""
+    means: tuple[str, ...] = ()
 
+    def counted(self, optimizer: Optimizer, parameter: nn.Parameter, group: Group) -> Any:
+        """The count of steps that the optimizer took for a parameter, 0 before the first; a number or 0-d."""
+        state = optimizer.state.get(parameter, {})
+        return state.get("step", 0.0) if self.shared is None else self.shared.counted(state, group)
 
-def family_of(optimizer: Optimizer) -> Family | None:
-    """Return the row of the class, or of the parent whose `step` it uses; None when the family is unknown."""
-    cls = type(optimizer)
-    known = next((ancestor for ancestor in cls.__mro__ if ancestor in _FAMILIES), None)
-    return _FAMILIES[known] if known is not None and own_step(cls) is own_step(known) else None
+    def still_young(self, births: Tensor, step: float | Tensor, group: Group) -> Tensor:
+        """For births, (r,), whether what goes by age still differs from what goes by `step`; (r,) bool."""
+        if self.shared is None:
+            return _biases_differ(births, step, group)
+        ages = np.maximum(float(step) - births.double().cpu().numpy(), 0.0)
+        return torch.from_numpy(self.shared.matters(ages, float(step), group)).to(births.device)
+
+    def young_now(self, births: Tensor, step: float, group: Group) -> Tensor:
+        """Of rows born then, (r,), which the sweeps up to `step` have left among the young; (r,) bool."""
+        swept = int(step) // Corrections.SWEEP_EVERY * Corrections.SWEEP_EVERY
+        return (births >= swept) | self.still_young(births, float(swept), group)
 
 
 @dataclass
@@ -60,7 +86,8 @@ class Young:
     `rows`: (r,) int64, ascending, units under `axes`; `index`: the same as `axes.index` has it; `births`: (r,) float,
     NaN for a row to be forgotten, none after `latest`; `host_births`: the same as numbers of the host, just one where
     all rows have the same; `shape`: (r,), or what `axes.unit_shape` says where these are all rows of the parameter
-    (`is_all`), so that they are seen in place; `weights`: (*shape, *row_shape); `step`: 0-d when on the device.
+    (`is_all`), so that they are seen in place; `weights`: (*shape, *row_shape); `step`: 0-d when on the device;
+    `before`: what a replay starts from.
     """
 
     rows: Tensor
@@ -73,6 +100,7 @@ class Young:
     shape: tuple[int, ...]
     weights: Tensor | None = None
     step: float | Tensor | None = None
+    before: Before | None = None
 
     @staticmethod
     def of(parameter: Tensor, rows: Tensor, births: Tensor, latest: float, axes: UnitAxes) -> Young:
@@ -124,10 +152,12 @@ class Corrections:
 
     has_pre_hook = True
 
-    # Looking for rows that are no longer young makes the host wait for the device: not at every step.
+    # Looking for rows that are no longer young makes the host wait for the device: not at every step. The count of
+    # the parameter says when, so that a run that was resumed forgets the same rows at the same step.
     SWEEP_EVERY = 64
 
-    def __init__(self) -> None:
+    def __init__(self, family: Family) -> None:
+        self.family = family
         self.young: dict[nn.Parameter, Young] = {}
         self.due: list[tuple[nn.Parameter, Group]] = []
         self.num_steps = 0
@@ -140,36 +170,42 @@ class Corrections:
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.young:
             return
-        family = family_of(optimizer)
         self.due = list(self._owned(optimizer))
         self.young = {parameter: self.young[parameter] for parameter, _ in self.due}
-        for parameter, young in self.young.items():
-            step = _count(optimizer.state.get(parameter, {}).get("step", 0.0), young.births)
-            if family is not None and family.ages and isinstance(step, float) and young.latest > step:
+        has_closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+        for parameter, group in self.due:
+            young = self.young[parameter]
+            step = _count(self.family.counted(optimizer, parameter, group), young.births)
+            if self.family.ages and isinstance(step, float) and young.latest > step:
                 # Later births belong to a state that was replaced.
                 young = self.young[parameter] = young.staying(parameter, young.births <= step, step)
-            rows = young.select(parameter)
-            young.weights = rows.clone() if young.is_all else rows
             young.step = step
+            if self.family.shared is not None:
+                young.before = Before.of(optimizer, parameter, young, has_closure)
+            else:
+                rows = young.select(parameter)
+                young.weights = rows.clone() if young.is_all else rows
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         due, self.due = self.due, []
-        family = family_of(optimizer) if due else None
-        if family is None or family.correct is None:
+        if self.family.correct is None:
             return
         self.num_steps += 1
-        sweep = self.num_steps % self.SWEEP_EVERY == 0
         for parameter, group in due:
             young = self.young.get(parameter)
-            if young is None or young.weights is None:
+            if young is None or (young.weights is None and young.before is None):
                 continue  # no snapshot: overwritten during this step, by another hook, so the step was not theirs
-            remaining = family.correct(optimizer, parameter, group, young, sweep)
+            remaining = self.family.correct(optimizer, parameter, group, young, self._sweeps(young))
             if remaining is None:
                 del self.young[parameter]
             else:
                 self.young[parameter] = remaining
-                remaining.weights = remaining.step = None
+                remaining.weights = remaining.step = remaining.before = None
+
+    def _sweeps(self, young: Young) -> bool:
+        taken = self.num_steps if isinstance(young.step, Tensor) or young.step is None else int(young.step) + 1
+        return taken % self.SWEEP_EVERY == 0
 
     def _owned(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Group]]:
         for group in optimizer.param_groups:
@@ -182,7 +218,12 @@ CORRECTIONS: WeakKeyDictionary[Optimizer, Corrections] = WeakKeyDictionary()
 
 
 def register(
-    optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, steps: Sequence[int], axes: UnitAxes = ROWS
+    optimizer: Optimizer,
+    family: Family,
+    parameter: nn.Parameter,
+    rows: Tensor,
+    steps: Sequence[int],
+    axes: UnitAxes = ROWS,
 ) -> list[Change]:
     """Plan the changes that enter rows among the young of an optimizer, born at `steps`, with the hooks they need.
 
@@ -194,7 +235,7 @@ def register(
     dtype = torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
     births = torch.tensor(steps, dtype=dtype, device=parameter.device)
     enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0), axes)
-    return [*install(optimizer, CORRECTIONS, Corrections), enter]
+    return [*install(optimizer, CORRECTIONS, functools.partial(Corrections, family)), enter]
 
 
 def _refuse_other_axes(optimizer: Optimizer, parameter: nn.Parameter, axes: UnitAxes) -> None:
@@ -247,7 +288,7 @@ class _Enter:
 # -- what is corrected -----------------------------------------------------------------------------------------------
 
 
-def _correct_dampening(
+def correct_dampening(
     optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Young, sweep: bool
 ) -> Young | None:
     """SGD's first gradient enters the buffer undamped, later ones times `1 - dampening`: undo that once.
@@ -266,7 +307,7 @@ def _correct_dampening(
     return None
 
 
-def _correct_bias(
+def correct_bias(
     optimizer: Optimizer,
     parameter: nn.Parameter,
     group: Group,
@@ -292,7 +333,20 @@ def _correct_bias(
         if isinstance(is_due, Tensor):
             moved = torch.where(young.over(is_due, moved), moved.to(parameter), young.select(parameter))
         young.write(parameter, moved)
-    return _still_young(parameter, young, group, step) if sweep else young
+    return _still_young(parameter, young, group, step) if sweep and is_due is not False else young
+
+
+def correct_by_replay(
+    optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Young, sweep: bool, *, shared: Shared
+) -> Young | None:
+    """Take the young rows' step anew, as rows of their age."""
+    assert young.before is not None, "the step hooks come in pairs"
+    is_due = replay(shared, optimizer, parameter, group, young, young.before)
+    if not (is_due and sweep):
+        return young
+    step = float(shared.counted(optimizer.state.get(parameter, {}), group))
+    ages = step - young.births.double().cpu().numpy()
+    return _staying(parameter, young, torch.from_numpy(shared.matters(ages, step, group)).to(young.births.device))
 
 
 def _is_due(young: Young, step: float | Tensor) -> bool | Tensor:
@@ -352,16 +406,25 @@ def _rate_and_eps(group: Group, young: Young, step: float | Tensor) -> tuple[Any
 
 def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: float | Tensor) -> Young | None:
     """Return the rows whose corrections still differ from their parameter's; None when there are none."""
-    tolerance = 1e-15 if young.births.dtype is torch.float64 else 1e-7
-    ages, full_ages = step - young.births, step - torch.zeros_like(young.births)
-    betas = [_on(beta, young.births) for beta in group["betas"]]
-    differ = torch.stack([1 - _bias(beta, ages) / _bias(beta, full_ages) > tolerance for beta in betas])
-    stays = differ.any(dim=0) & ~young.births.isnan()
+    stays = _biases_differ(young.births, step, group) & ~young.births.isnan()
+    return _staying(parameter, young, stays)
+
+
+def _staying(parameter: nn.Parameter, young: Young, stays: Tensor) -> Young | None:
     if bool(stays.all()):
         return young
     if not bool(stays.any()):
         return None
     return young.staying(parameter, stays, young.latest)
+
+
+def _biases_differ(births: Tensor, step: float | Tensor, group: Group) -> Tensor:
+    """For rows born then, (r,), whether the corrections at their ages differ from those at `step`; (r,) bool."""
+    tolerance = 1e-15 if births.dtype is torch.float64 else 1e-7
+    ages, full_ages = step - births, step - torch.zeros_like(births)
+    betas = [_on(beta, births) for beta in group["betas"]]
+    differ = torch.stack([1 - _bias(beta, ages) / _bias(beta, full_ages) > tolerance for beta in betas])
+    return differ.any(dim=0)
 
 
 def _bias(beta: float | Tensor, ages: Any) -> Any:
@@ -384,12 +447,3 @@ def _on(scalar: Any, like: Tensor) -> Any:
     if isinstance(scalar, Tensor) and scalar.device.type != "cpu":
         return scalar.detach().to(like).reshape(())
     return float(scalar.detach()) if isinstance(scalar, Tensor) else float(scalar)
-
-
-# A new family is a new row. No bias correction, no note: the scratch state is all that RMSprop needs.
-_FAMILIES: dict[type[Optimizer], Family] = {
-    SGD: Family(_correct_dampening, first_step=True),
-    Adam: Family(_correct_bias, ages=True),
-    AdamW: Family(functools.partial(_correct_bias, is_decoupled=True), ages=True),
-    RMSprop: Family(),
-}

@@ -7,7 +7,7 @@ accumulator, averages that start at the weights); one mechanism serves the known
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,18 @@ from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
-__all__ = ["Group", "Refresh", "fresh_rows", "is_shared", "own_step", "refuse_coupled"]
+__all__ = [
+    "Group",
+    "Refresh",
+    "fresh_rows",
+    "is_shared",
+    "own_step",
+    "refresh_coupled",
+    "refuse_coupled",
+    "refuse_wrapper",
+    "scratch_optimizer",
+    "scratch_options",
+]
 
 Group = dict[str, Any]
 
@@ -65,6 +76,38 @@ def fresh_rows(
     return pairs
 
 
+def refresh_coupled(
+    optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes, means: Collection[str]
+) -> list[WriteRows]:
+    """Plan the writes for a class that couples rows: these entries take the other rows' mean, momentum becomes zero."""
+    if axes != ROWS:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} couples the rows of a parameter of shape {tuple(parameter.shape)}, and its "
+            f"units are not along axis 0 but along {axes}; {_ELEMENT_WISE}"
+        )
+    writes = []
+    for key, entry in optimizer.state[parameter].items():
+        if key in means:
+            others = torch.ones(len(entry), dtype=torch.bool, device=entry.device)
+            others[rows] = False
+            mean = entry[others].mean(0) if bool(others.any()) else entry.mean(0)
+            writes.append(WriteRows(entry, rows, mean.expand(len(rows), *entry.shape[1:])))
+        elif isinstance(entry, Tensor) and entry.shape == parameter.shape:
+            writes.append(WriteRows(entry, rows, torch.zeros_like(entry[rows])))
+    return writes
+
+
+def refuse_wrapper(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that hands its parameters to another one, whose state and steps are what counts."""
+    owned = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer) and any(id(p) in owned for g in value.param_groups for p in g["params"]):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} wraps a {type(value).__name__}, which does the steps; pass that one: "
+                f"optimizer.{name.removeprefix('_')} (the attribute '{name}')"
+            )
+
+
 def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:
     """Whether a state entry belongs to the whole parameter: a number, or a tensor of one element."""
     if isinstance(entry, Tensor):
@@ -73,6 +116,11 @@ def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:
 
 
 def _refuse_shape(optimizer: Optimizer, key: str, entry: object, parameter: nn.Parameter) -> None:
+    if isinstance(entry, Tensor) and type(entry) not in (Tensor, nn.Parameter):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} keeps its state {key!r} of a parameter of shape {tuple(parameter.shape)} as "
+            f"{type(entry).__name__}, which cannot be read and written row by row. {_ELEMENT_WISE}"
+        )
     if isinstance(entry, Tensor) and entry.shape == parameter.shape:
         return
     found = f"shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"type {type(entry).__name__}"
@@ -120,32 +168,41 @@ def _scratch_step(
     The group's hyper-parameters apply, except weight decay, which would put a gradient into the state. No
     hook fires (the class's own `step` is called), and the random state is left as it was.
     """
-    cls, options = type(optimizer), _scratch_options(group)
     parameter = nn.Parameter(weights.clone())
     parameter.grad = gradient.clone()
-    accepted = _accepted_options(cls)
     with torch.random.fork_rng(devices=[weights.device] if weights.device.type == "cuda" else []):
         try:
-            scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
-            scratch.param_groups[0].update(options)
-            own_step(cls)(scratch)
+            scratch = scratch_optimizer(type(optimizer), group, parameter)
+            own_step(type(optimizer))(scratch)
         except Exception as error:
             raise OptimizerError(
-                f"the state that {cls.__name__} gives a fresh parameter cannot be learned: building one from "
-                "its parameter group and stepping on a scratch copy failed with "
-                f"{type(error).__name__}: {error}. If it wraps another optimizer, pass that one. " + _ELEMENT_WISE
+                f"the state that {type(optimizer).__name__} gives a fresh parameter cannot be learned: building one "
+                f"from its parameter group and stepping on a scratch copy failed with {type(error).__name__}: {error}. "
+                + _ELEMENT_WISE
             ) from error
     return parameter.detach(), scratch.state.get(parameter, {})
 
 
-def _scratch_options(group: Group) -> Group:
+def scratch_optimizer(cls: type[Optimizer], group: Group, parameter: nn.Parameter) -> Optimizer:
+    """An optimizer of a class on a scratch parameter, with the settings of a group but for weight decay."""
+    options, accepted = scratch_options(group), _accepted_options(cls)
+    scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
+    scratch.param_groups[0].update(options)
+    return scratch
+
+
+def scratch_options(group: Group, *, keeps_decay: bool = False) -> Group:
+    """The settings of a group for a step on a scratch copy: plain kernels, which take all they are given."""
     options = {key: option for key, option in group.items() if key not in ("params", "param_names")}
     for key, option in options.items():
         if isinstance(option, Tensor):
             options[key] = option.detach().clone()
-    if "weight_decay" in options:
+    if "weight_decay" in options and not keeps_decay:
         options["weight_decay"] = 0.0
-    return options
+    return options | {key: value for key, value in _PLAIN.items() if key in options}
+
+
+_PLAIN = {"foreach": False, "fused": None, "capturable": False, "differentiable": False}
 
 
 def _accepted_options(cls: type[Optimizer]) -> set[str]:

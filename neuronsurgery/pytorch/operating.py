@@ -20,6 +20,7 @@ from neuronsurgery.composites import Rows
 from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
@@ -28,7 +29,7 @@ from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
@@ -53,6 +54,8 @@ def operate(
     check_drawing(init, generator)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
+    check_banks_in_place(discovery)
+    check_paths(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
@@ -102,8 +105,8 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         ModelError: weights that are not finite.
     """
     for name, units in plan.units.items():
-        if name not in discovery.places:
-            reason = discovery.declined.get(name, "the model has no producer of that name")
+        if name not in discovery.learning:
+            reason = discovery.sites.declined.get(name, "the model has no producer of that name")
             raise PlanError(f"the plan operates on {name!r}, which is no site of this model: {reason}")
         place = discovery.places[name]
         if name in plan.sites and plan.sites[name].num_units != place.site.num_units:
@@ -149,6 +152,7 @@ def graft(
         if slots is not None and (parameter := slots.parameter) is not None:
             changes += optimizer_state.start_clocks(optimizers, parameter)
             notes += optimizer_state.notes(optimizers, parameter)
+    changes.append(FollowClocks(place, optimizers))
     return Graft(place, changes, error, notes)
 
 
@@ -238,6 +242,7 @@ def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Op
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
     check_undo(report, discovery)
+    check_banks_in_place(discovery)
     before = num_weights(model)
     changes: list[Change] = []
     emptied: set[str] = set()

@@ -16,14 +16,25 @@ them again. Where they have yet to be installed, an operation inside a hook of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, register
-from neuronsurgery.pytorch.fresh_state import Group, Refresh, fresh_rows, is_shared, refuse_coupled
+from neuronsurgery.pytorch.corrections import CORRECTIONS, Family, register
+from neuronsurgery.pytorch.families import family_of, is_known, trial_of
+from neuronsurgery.pytorch.fresh_state import (
+    Group,
+    Refresh,
+    fresh_rows,
+    is_shared,
+    refresh_coupled,
+    refuse_coupled,
+    refuse_wrapper,
+)
 from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
@@ -37,6 +48,7 @@ __all__ = [
     "current_step",
     "notes",
     "refresh",
+    "resume",
     "start_clocks",
     "unowned",
     "young_rows",
@@ -129,14 +141,33 @@ def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int 
     return 0 if now is None and any(_owners(optimizers, parameter)) else now
 
 
-def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Change]:
-    """Plan the changes that let the steps of a parameter's optimizers be counted, where nothing counts them yet.
+def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, at: int = 0) -> list[Change]:
+    """Plan the changes that let the steps of a parameter's optimizers be counted from `at`, where nothing counts yet.
 
     Raises `OptimizerError` between the hooks of a step, where torch lets none be added, before anything changes.
     """
     if age_clock(optimizers, parameter) is not None:
         return []
-    return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, Clock)]
+    clock = functools.partial(Clock, at)
+    return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, clock)]
+
+
+def resume(
+    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, births: Sequence[int], axes: UnitAxes = ROWS
+) -> list[Change]:
+    """Plan the changes that register rows as they would be, had the process that operated on them not ended.
+
+    `births`: r values of `birth_step` at surgery, of which the clocks have to be started before.
+    """
+    changes = register_births(optimizers, parameter, rows, births, axes)
+    now = age_clock(optimizers, parameter)
+    newest = torch.tensor([born == now for born in births], dtype=torch.bool, device=rows.device)
+    for optimizer, group in _owners(optimizers, parameter):
+        family = family_of(optimizer)
+        if family is not None and family.first_step and group.get("dampening") and optimizer.state.get(parameter):
+            due = rows[newest]
+            changes += register(optimizer, family, parameter, due, [1] * due.numel(), axes) if due.numel() else []
+    return changes
 
 
 def refresh(
@@ -160,15 +191,20 @@ def refresh(
     """
     changes: list[Change] = []
     for optimizer, group in _owners(optimizers, parameter):
+        refuse_wrapper(optimizer)
         if not optimizer.state.get(parameter) or not rows.numel():
             continue
         family = family_of(optimizer)
+        if family is not None and family.coupling:
+            changes += refresh_coupled(optimizer, parameter, rows, axes, family.means)
+            continue
         fresh_rows(optimizer, group, parameter, rows, axes)
-        if family is None:
+        if not is_known(optimizer):
             refuse_coupled(optimizer, group, parameter, axes)
+            _refuse_excess(optimizer)
         changes.append(Refresh(optimizer, group, parameter, rows, axes))
         if family is not None and family.first_step and group.get("dampening"):
-            changes += register(optimizer, parameter, rows, [1] * rows.numel(), axes)
+            changes += register(optimizer, family, parameter, rows, [1] * rows.numel(), axes)
     return changes
 
 
@@ -189,22 +225,50 @@ def births(
     """
     now = current_step(optimizers, parameter)
     changes: list[Change] = []
-    for optimizer, _ in _owners(optimizers, parameter):
+    for optimizer, group in _owners(optimizers, parameter):
         family, step = family_of(optimizer), _step(optimizer, parameter)
         if family is None or not family.ages or step is None or now is None:
             continue
-        own = [born - now + step for born in steps]
-        if any(born > 0 for born in own) or parameter in young_rows(optimizer):
-            changes += register(optimizer, parameter, rows, own, axes)
+        own = torch.tensor([born - now + step for born in steps], dtype=torch.float64)
+        own = torch.where(_is_young(family, group, own, step, parameter), own, 0.0)
+        if bool((own > 0).any()) or parameter in young_rows(optimizer):
+            changes += register(optimizer, family, parameter, rows, own.tolist(), axes)
     return changes
+
+
+def _is_young(family: Family, group: Group, births: Tensor, step: int, parameter: nn.Parameter) -> Tensor:
+    """Which rows born then no sweep has taken from the young by now; those that wait for a state to be loaded stay."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    births = births if is_double else births.float()
+    return (births > step) | family.young_now(births, step, group)
+
+
+register_births = births  # for `resume`, which has an argument of that name
+
+
+def _refuse_excess(optimizer: Optimizer) -> None:
+    """Refuse a class in which a trial saw fresh rows overshoot: it has numbers or state that cannot be made fresh."""
+    trial = trial_of(optimizer)
+    if trial is not None and trial.excess > 1.1:
+        name = type(optimizer).__name__
+        raise OptimizerError(
+            f"fresh rows overshoot under {name}: on a scratch parameter their updates were {trial.excess:.3g} times a "
+            "fresh parameter's, as it keeps state that cannot be learned, or numbers for all rows of a parameter that "
+            "a count of steps does not tell. Give the operated layers another optimizer, or operate without "
+            "optimizer=, which leaves its state to you"
+        )
 
 
 def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[str]:
     """Return what a report should say of the parameter's optimizers: a line for each of an unknown family."""
     found = []
     for optimizer, _ in _owners(optimizers, parameter):
-        state = optimizer.state.get(parameter)
-        if not state or family_of(optimizer) is not None:
+        state, family = optimizer.state.get(parameter), family_of(optimizer)
+        if state and family is not None and family.coupling:
+            found.append(
+                f"{type(optimizer).__name__} {family.coupling}: operating on some rows moves the others' next updates"
+            )
+        if not state or family is not None:
             continue
         shared = ", ".join(key for key, entry in state.items() if is_shared(key, entry, parameter))
         note = f"{type(optimizer).__name__}: unknown family; rows took the state of a fresh parameter"
@@ -250,7 +314,8 @@ def _step(optimizer: Optimizer, parameter: nn.Parameter) -> int | None:
     state = optimizer.state.get(parameter)
     if not state:
         return 0
-    step = state.get("step")
+    group, shared = _group(optimizer, parameter), None if family is None else family.shared
+    step = state.get("step") if shared is None or group is None else shared.counted(state, group)
     is_count = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
     return int(step) if is_count else None
 

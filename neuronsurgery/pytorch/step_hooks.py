@@ -46,8 +46,8 @@ class Clock:
 
     has_pre_hook = False
 
-    def __init__(self) -> None:
-        self.num_steps = 0
+    def __init__(self, num_steps: int = 0) -> None:
+        self.num_steps = num_steps
 
     def install(self, optimizer: Optimizer) -> Iterable[RemovableHandle]:
         yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
