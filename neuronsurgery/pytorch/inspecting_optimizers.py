@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from neuronsurgery.checks import Problem
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.corrections import family_of
 from neuronsurgery.pytorch.inspecting_banks import latest_rows
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sites import Discovery
@@ -99,47 +98,10 @@ def _hook_problems(
         found = f"units {listed(ahead)} were born at steps up to {max(known)}, and the optimizer counts {now}"
         remedy = f"load the optimizer's state of that time, then {_ATTACH}; until then they have no age"
         yield Problem("ages", where, found, remedy)
-    elif _is_uncorrected(parameter, known, optimizers):
-        found = "its young rows are not corrected, and move by up to 6.6 times what a fresh parameter's would"
+    elif optimizer_state.lacks_corrections(optimizers, parameter, known):
+        found = "its young rows are not corrected, and move by several times what a fresh parameter's would"
         yield Problem("step hooks", where, f"{found}: the hooks were lost in a copy or a resume", _ATTACH)
 
 
 def _owners(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     return [o for o in optimizers if any(p is parameter for group in o.param_groups for p in group["params"])]
-
-
-def _is_uncorrected(parameter: nn.Parameter, births: Sequence[int], optimizers: Sequence[Optimizer]) -> bool:
-    """Whether an optimizer that corrects by age has a parameter with young rows, and none of them registered."""
-    for optimizer in _owners(parameter, optimizers):
-        family, step = family_of(optimizer), optimizer_state.current_step([optimizer], parameter)
-        if family is None or not family.ages or not step:
-            continue
-        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        is_young = any(birth > 0 and _differs(group, step, step - birth) for birth in births)
-        if is_young and parameter not in optimizer_state.young_rows(optimizer):
-            return True
-    return False
-
-
-def _differs(group: dict[str, Any], step: int, age: int) -> bool:
-    """Whether the bias corrections of a row still differ from those of its parameter."""
-    if age <= 0:
-        return True
-    return any((1 - float(b) ** step) / (1 - float(b) ** age) - 1 > 1e-7 for b in group["betas"])
-
-
-def _state_problems(
-    name: str, place: Place, slots: Slots, parameter: nn.Parameter, units: list[int], optimizers: Sequence[Optimizer]
-) -> Iterator[Problem]:
-    """Optimizer state of active members that is not finite: their next update would be neither."""
-    index = torch.tensor(units, dtype=torch.long, device=parameter.device)
-    assert slots.axes is not None
-    for optimizer in _owners(parameter, optimizers):
-        for key, entry in optimizer.state.get(parameter, {}).items():
-            if type(entry) is Tensor and entry.shape == parameter.shape and entry.is_floating_point():
-                rows = slots.axes.take(entry, index.to(entry.device))
-                bad = ~rows.reshape(len(rows), -1).isfinite().all(dim=1)
-                if bool(bad.any()):
-                    found = f"the optimizer's {key!r} of units {listed(index[bad.to(index.device)].tolist())} is"
-                    remedy = "load the optimizer's state of an earlier step, or build the optimizer anew"
-                    yield Problem("not finite", f"{name}, '{slots.attribute}'", found, remedy)

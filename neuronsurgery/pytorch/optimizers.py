@@ -46,6 +46,7 @@ __all__ = [
     "births",
     "check_owners",
     "current_step",
+    "lacks_corrections",
     "notes",
     "refresh",
     "resume",
@@ -234,6 +235,21 @@ def births(
         if bool((own > 0).any()) or parameter in young_rows(optimizer):
             changes += register(optimizer, family, parameter, rows, own.tolist(), axes)
     return changes
+
+
+def lacks_corrections(optimizers: Sequence[Optimizer], parameter: nn.Parameter, births: Sequence[int]) -> bool:
+    """Whether rows of a parameter born then are young under an owner that has none of its rows registered.
+
+    `births`: of any number of rows, counted as `current_step`. Copies, pickles and new processes lack them.
+    """
+    for optimizer, group in _owners(optimizers, parameter):
+        family, step = family_of(optimizer), _step(optimizer, parameter)
+        if family is None or not family.ages or not step or parameter in young_rows(optimizer):
+            continue
+        born = torch.tensor([birth for birth in births if 0 < birth <= step], dtype=torch.float64)
+        if bool(_is_young(family, group, born, step, parameter).any()):
+            return True
+    return False
 
 
 def _is_young(family: Family, group: Group, births: Tensor, step: int, parameter: nn.Parameter) -> Tensor:

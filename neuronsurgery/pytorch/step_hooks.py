@@ -41,7 +41,8 @@ H = TypeVar("H", bound=StepHooks)
 class Clock:
     """Counts the steps of an optimizer that does not count them itself, from its first operation on.
 
-    A step is a call of `step` that returned, whether or not a parameter had a gradient.
+    A step is a call of `step` that returned, whether or not a parameter had a gradient. One that a fused optimizer
+    skips by itself, as its gradient scaler found an overflow, is none.
     """
 
     has_pre_hook = False
@@ -53,7 +54,9 @@ class Clock:
         yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.num_steps += 1
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is None or not bool(overflow):
+            self.num_steps += 1
 
 
 CLOCKS: WeakKeyDictionary[Optimizer, Clock] = WeakKeyDictionary()
