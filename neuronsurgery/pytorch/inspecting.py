@@ -20,7 +20,8 @@ from neuronsurgery.pytorch.inspecting_optimizers import age_problems, owner_prob
 from neuronsurgery.pytorch.inspecting_rewrites import rewrite_problems
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import check_model, unwrap
-from neuronsurgery.pytorch.sites import discover
+from neuronsurgery.pytorch.offsets import offsets_of
+from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.tables import counted, listed
 
@@ -56,6 +57,7 @@ def _check(model: nn.Module, optimizers: tuple[Optimizer, ...]) -> Check:
     problems += rewrite_problems(discovery)
     problems += bank_problems(discovery, optimizers)
     problems += age_problems(discovery, optimizers)
+    problems += () if optimizers else _offset_problems(discovery)  # what has an optimizer trains by itself
     return Check(merged(problems), (_count(model), *notes(discovery, optimizers)))
 
 
@@ -84,6 +86,14 @@ def _mirror_problems(model: nn.Module, target: nn.Module, label: str) -> Iterato
         if found:
             remedy = "surgery.mirror(model, onto=target) after every operation"
             yield Problem("mirror", f"{label}: {name}", " and ".join(found), remedy)
+
+
+def _offset_problems(discovery: Discovery) -> Iterator[Problem]:
+    """Targets mirrored with frozen rows of their own, of which parameters alone follow the model."""
+    for name, units in offsets_of(discovery.places).items():
+        found = f"its slots of units {listed(units)} follow a model, and its own frozen rows stay behind for good"
+        remedy = 'surgery.mirror(model, onto=target, frozen="shared"), or average and copy state dicts'
+        yield Problem("mirror", name, found, remedy)
 
 
 def _operations(model: nn.Module) -> dict[str, set[tuple[int, int]]]:

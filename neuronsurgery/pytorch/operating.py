@@ -60,7 +60,7 @@ def operate(
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
     if not optimizers:  # a target: what has an optimizer trains by itself
-        refuse_offsets(discovery.places)
+        refuse_offsets({name: discovery.places[name] for name, units in plan.units.items() if units})
     operation = next_operation(model)
     before = num_weights(model)
     state = None if generator is None else generator.get_state()

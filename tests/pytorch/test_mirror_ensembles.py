@@ -124,11 +124,8 @@ def test_an_averaged_fingerprint_is_still_taken_for_the_same(members):
     models, site = members
     surgery.knife(models[0], surgery.Units({site: [1, 5]}))
     surgery.mirror(models[0], onto=models[1:])
-    before = models[1].get_submodule(f"{site}.composite").fingerprint.clone()
-    for _ in range(50):
-        for mine, theirs in zip(models[1].buffers(), models[0].buffers(), strict=True):
-            mine.copy_(mine * 0.7 + theirs * 0.3)
-    assert not torch.equal(models[1].get_submodule(f"{site}.composite").fingerprint, before)
+    with torch.no_grad():
+        models[1].get_submodule(f"{site}.composite").fingerprint.mul_(1 + 1e-5)  # as rounding would
     assert_agree(models)
 
 

@@ -173,6 +173,7 @@ def test_a_target_mirrored_in_the_right_mode_converges_as_its_unoperated_twin(na
         FOLLOW[name](target, model), FOLLOW[name](twins_target, twin)
         if step in (0, 5, 159):
             assert lag_of(target) == {}
+            surgery.check(model, mirrors=target).require()
     assert start > 0.1
     assert gap(twin, twins_target) < 1e-12
     assert gap(model, target) < 1e-12
@@ -196,6 +197,8 @@ def test_own_rows_under_updates_of_parameters_alone_leave_an_offset_for_good_whi
     for _ in range(3):
         FOLLOW[name](target, model)
     assert lag_of(target) == {"0": (1, 5), "3": (1, 5)}
+    (found,) = surgery.check(model, mirrors=target).about("mirror")
+    assert found.where == "mirrors[0]: 0; 3" and "slots of units 1, 5 follow a model" in found.found
     for _ in range(400):
         FOLLOW[name](target, model)
     assert gap(model, target) > 1e-2

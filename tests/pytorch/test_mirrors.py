@@ -281,6 +281,45 @@ def test_banks_are_in_their_layers_mode():
     assert (target[0].composite.training, target[2].composite.training) == (True, False)
 
 
+class Policy(nn.Module):
+    """A network and its frozen target in one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Wide(8)
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.net(x)
+        return out
+
+
+@pytest.mark.situation("Replicas", "frozen target inside the module that is operated on", "works")
+def test_operating_on_a_module_leaves_a_mirrored_target_inside_it_alone():
+    policy, x = Policy(), torch.randn(8, 4)
+    moved = policy.net.fc.weight
+    with torch.no_grad():
+        moved.add_(0.1)
+    surgery.knife(policy, surgery.Units({"net.fc": [1, 5]}))
+    surgery.mirror(policy.net, onto=policy.target)
+    with torch.no_grad():
+        policy.target.fc.weight.add_(0.1)
+    before = policy.target(x)
+    surgery.knife(policy, surgery.Units({"net.fc": [2]}))
+    assert torch.equal(policy.target(x), before)
+
+
+def test_layers_of_the_model_that_were_frozen_after_their_operation_are_mirrored_too():
+    found, target = pair()
+    before = target(found.x)
+    surgery.knife(found.model, surgery.Units({"0": [1]}))
+    found.model[0].requires_grad_(False)
+    surgery.knife(found.model, surgery.Units({"2": [1]}))
+    surgery.mirror(found.model, onto=target, verify=found.x)
+    assert structure(target) == structure(found.model)
+    assert torch.allclose(target(found.x), before, atol=1e-6)
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
