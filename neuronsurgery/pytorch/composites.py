@@ -107,7 +107,7 @@ def check_in_place(bank: Composite, module: nn.Module) -> None:
     Raises:
         SurgeryError: it was exchanged after the operation.
     """
-    if not torch.compiler.is_compiling() and bank.site not in module.__dict__.get(PASSED_BY, ()):
+    if bank.site not in module.__dict__.get(PASSED_BY, ()):
         raise SurgeryError(
             f"a {type(module).__name__} between the producer {bank.site!r} and its activation function was exchanged "
             "after the operation, and the bank's rows pass the one that was there; undo the operation before you "

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from neuronsurgery import surgery
+from neuronsurgery.errors import SurgeryError
 
 
 @pytest.fixture(autouse=True)
@@ -310,7 +311,20 @@ def test_an_observation_under_fullgraph_says_to_compile_without():
     assert call(x).shape == (6, 2)
 
 
-@pytest.mark.slow
+@situation("a norm exchanged under torch.compile", "refused")
+@pytest.mark.parametrize("is_full", [False, True])
+def test_compiled_code_notices_that_a_norm_was_exchanged(is_full: bool):
+    model, x = images()
+    operate(model)
+    call = torch.compile(model, backend="eager", fullgraph=is_full)
+    call(x)
+    model.norm = nn.BatchNorm2d(6)
+    error, says = (torch._dynamo.exc.Unsupported, "SurgeryError") if is_full else (SurgeryError, "was exchanged after")
+    with pytest.raises(error, match=says):
+        call(x)
+
+
+@SLOW
 @situation("inductor")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore::UserWarning:torch._inductor")
 def test_inductor_follows_eager_through_ten_operations_in_training():
