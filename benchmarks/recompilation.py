@@ -31,7 +31,7 @@ PATTERNS: dict[str, Callable[[int], dict[str, list[int]]]] = {
 
 def main() -> None:
     """Count for every pattern and print the table."""
-    num_operations = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    num_operations = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     columns = ("operations", "on", "first capacity", "last capacity", "recompilations", "live share of rows")
     table = Table(*columns, title="torch.compile(fullgraph=True)")
     for pattern in PATTERNS:
