@@ -55,6 +55,8 @@ class _Kept:
         self.parameters, self.buffers = dict(module._parameters), dict(module._buffers)
         self.values = [(each, _copied(each, values)) for each in self._tensors()]
         self.attributes = dict(vars(module)) if isinstance(module, Composite) else {}
+        tables = (module.growing_tables, module.fixed_tables) if isinstance(module, Composite) else ()
+        self.tables = [(held, dict(held)) for held in tables]
         self.counts = [(clock, clock.num_steps) for clock in self.attributes.get("clocks", ()) if clock is not None]
         has_extra_state = type(module).set_extra_state is not nn.Module.set_extra_state
         self.has_extra_state = has_extra_state and not isinstance(module, Composite)
@@ -65,7 +67,8 @@ class _Kept:
 
     def put_back(self) -> None:
         vars(self.module).update(self.attributes)
-        for kept, held in ((self.parameters, self.module._parameters), (self.buffers, self.module._buffers)):
+        own = ((self.module._parameters, self.parameters), (self.module._buffers, self.buffers))
+        for held, kept in (*own, *self.tables):
             held.clear()
             held.update(kept)  # type: ignore[arg-type]
         with torch.no_grad():
