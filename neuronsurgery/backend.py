@@ -165,6 +165,9 @@ class Backend(Protocol):
     def check(self, model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
         """What stands in the way of a model and its optimizers, nothing changed."""
 
+    def check_mirrors(self, model: Any, *, onto: Any, sites: Collection[str]) -> None:
+        """Refuse target networks that could not be given the structure of a model operated on at these sites."""
+
     def mirror(
         self, model: Any, *, onto: Any, frozen: Literal["own", "shared"] = "own", verify: Any = None
     ) -> MirrorReport:

@@ -81,6 +81,8 @@ class Act:
     """A batch, or a function that returns one."""
     is_dry: bool = False
     on_report: Callable[[Any], object] | None = None
+    follow: Callable[[], object] | None = None
+    """Lets the networks follow that take over the model's structure."""
 
     def __post_init__(self) -> None:
         name = getattr(self.method, "__name__", str(self.method))
@@ -94,10 +96,15 @@ class Act:
             ) from error
 
     def __call__(self, model: Any, criterion: Criterion) -> Report:
-        """Operate on what the criterion chooses."""
+        """Operate on what the criterion chooses; networks that cannot follow are refused before."""
         batch = self.verify() if callable(self.verify) else self.verify
         verify = {} if batch is None else {"verify": batch}
-        return self.method(model, criterion, **self.arguments, **verify)
+        if self.follow is not None:
+            self.follow()
+        report = self.method(model, criterion, **self.arguments, **verify)
+        if self.follow is not None:
+            self.follow()
+        return report
 
     @property
     def max_growth(self) -> float:

@@ -9,6 +9,7 @@ frozen compensation member, whose sum equals the old unit at the moment of surge
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -284,6 +285,9 @@ class Schedule(Scheduling):
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
         method: a function in the manner of `knife`.
+        mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
+            operation, as by `mirror`.
+        frozen: as for `mirror`.
         generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
             processes seed alike.
         scaler: as for `observe`.
@@ -293,6 +297,7 @@ class Schedule(Scheduling):
         ScheduleError: a schedule that could never act, or options that the method does not take.
         SiteError: a name that is no site, or a model without any.
         OptimizerError: no optimizer that trains any of the sites.
+        MirrorError: a mirror that cannot take over the model's structure.
 
     Example:
         >>> import torch
@@ -324,6 +329,8 @@ class Schedule(Scheduling):
         verify: Any = None,
         on_report: Callable[[Any], object] | None = None,
         method: Callable[..., Report] = knife,
+        mirrors: Any = (),
+        frozen: Literal["own", "shared"] = "own",
         generator: Any = None,
         scaler: Any = None,
         **options: Any,
@@ -338,10 +345,13 @@ class Schedule(Scheduling):
         found = found if names is None else found.subset(names)
         _require_sites(found)
         wanted.check(found)
+        follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
+        if follow is not None:
+            backend.check_mirrors(model, onto=mirrors, sites=list(found))
         watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), generator=generator, scaler=scaler)
         given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
         arguments = {name: value for name, value in given.items() if value is not None}
-        act = Act(method, arguments, verify, dry_run, on_report)
+        act = Act(method, arguments, verify, dry_run, on_report, follow)
         super().__init__(model, backend, watch, settings, act)
 
 

@@ -17,7 +17,7 @@ from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.inspecting import check
-from neuronsurgery.pytorch.mirrors import mirror
+from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.sites import Discovery
@@ -31,6 +31,7 @@ __all__ = [
     "ages",
     "attach",
     "check",
+    "check_mirrors",
     "check_source",
     "composites",
     "discover",

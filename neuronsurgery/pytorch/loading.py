@@ -67,10 +67,14 @@ class _Kept:
 
     def put_back(self) -> None:
         vars(self.module).update(self.attributes)
-        own = ((self.module._parameters, self.parameters), (self.module._buffers, self.buffers))
-        for held, kept in (*own, *self.tables):
+        own: list[tuple[Any, Any]] = [
+            (self.module._parameters, self.parameters),
+            (self.module._buffers, self.buffers),
+            *self.tables,
+        ]
+        for held, kept in own:
             held.clear()
-            held.update(kept)  # type: ignore[arg-type]
+            held.update(kept)
         with torch.no_grad():
             for tensor, value in self.values:
                 tensor.copy_(value)

@@ -7,7 +7,7 @@ averaged, and frozen rows would else stay behind for good (`offsets` finds the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,11 +41,11 @@ from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.offsets import MARK, mark_of, marked, refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sites import discover
+from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.transaction import Change, SetItem, WriteRows, run
 
-__all__ = ["mirror"]
+__all__ = ["check_mirrors", "mirror"]
 
 Frozen = Literal["own", "shared"]
 
@@ -76,6 +76,24 @@ def mirror(model: nn.Module, *, onto: Any, frozen: Frozen = "own", verify: Any =
         return run([*changes, *(check for check in checks if check is not None)], report)
 
 
+def check_mirrors(model: nn.Module, *, onto: Any, sites: Collection[str]) -> None:
+    """Refuse targets that could not be given the structure of a model once these sites of it are operated on.
+
+    Raises:
+        MirrorError: a target lacks one of the sites, or has another layer there.
+    """
+    source, targets = unwrap(model), targets_of(model, onto)
+    with ExitStack() as stack:
+        for each in (source, *targets):
+            stack.enter_context(swapped_in(each))
+        places = {name: place for name, place in discover(source, include=sites).places.items() if name in sites}
+        for target in targets:
+            with trained_as(target, source, places):
+                found = _discovered(target, places)
+                for name, place in places.items():
+                    check_fit(name, _found(found, name), place)
+
+
 # -- one target ------------------------------------------------------------------------------------------------------
 
 
@@ -96,20 +114,14 @@ def prepare(target: nn.Module, operated: Mapping[str, Place], frozen: Frozen) ->
     Raises:
         MirrorError: it does not.
     """
-    try:
-        discovery = discover(target, include=list(operated))
-    except SiteError as error:
-        raise MirrorError(f"the target lacks a site that was operated on in the model: {error}") from error
+    discovery = _discovered(target, operated)
     mirrored = banked_places(target, discovery, "target")
     if frozen == "own":
         refuse_offsets(mirrored)
     prepared = Prepared(target, [], {}, {}, {})
     banked = set(operated)
     for name in dict.fromkeys((*operated, *mirrored)):
-        place, source = discovery.places.get(name), operated.get(name)
-        if place is None:
-            reason = discovery.declined.get(name, "it is no site there")
-            raise MirrorError(f"{name!r} was operated on in the model, and is declined in the target: {reason}")
+        place, source = _found(discovery, name), operated.get(name)
         if source is not None and not is_shared(place, source):
             check_fit(name, place, source)
         elif source is not None:
@@ -117,6 +129,20 @@ def prepare(target: nn.Module, operated: Mapping[str, Place], frozen: Frozen) ->
         _prepare_site(prepared, place, source, frozen)
     prepared.changes.extend(class_changes(discovery, banked))
     return prepared
+
+
+def _discovered(target: nn.Module, operated: Mapping[str, Place]) -> Discovery:
+    try:
+        return discover(target, include=list(operated))
+    except SiteError as error:
+        raise MirrorError(f"the target lacks a site that is operated on in the model: {error}") from error
+
+
+def _found(discovery: Discovery, name: str) -> Place:
+    if name not in discovery.places:
+        reason = discovery.declined.get(name, "it is no site there")
+        raise MirrorError(f"{name!r} is operated on in the model, and is declined in the target: {reason}")
+    return discovery.places[name]
 
 
 def _prepare_site(prepared: Prepared, place: Place, source: Place | None, frozen: Frozen) -> None:

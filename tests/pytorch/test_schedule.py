@@ -568,3 +568,38 @@ def test_a_schedule_prints_where_it_stands():
     assert text.startswith("Schedule: Random(fraction=0.25, seed=None) at Every(2)")
     assert "|     3 |          1 |     6 | none needed     | in 1 step |" in text
     assert "Operation 1: 6 units operated on" in text
+
+
+# -- networks that follow --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.situation(WHEN, "targets that follow each operation", "works")
+def test_mirrors_follow_each_operation_of_a_schedule():
+    model = network()
+    target = copy.deepcopy(model).requires_grad_(False)
+    optimizer = Adam(model.parameters(), lr=0.01)
+    schedule = surgery.Schedule(model, optimizer, Random(0.25), operate=Every(2), mirrors=target, cooldown=0)
+    x = next(batches(1))
+    before = target(x)
+    assert train(model, optimizer, schedule, 6) == [2, 4, 6]
+    torch.testing.assert_close(target(x), before)
+    target.load_state_dict(model.state_dict())
+    assert torch.equal(target(x), model(x))
+
+
+@pytest.mark.situation(WHEN, "a target that cannot follow", "refused")
+def test_a_mirror_that_cannot_follow_is_refused_before_the_schedule_begins_and_before_it_operates():
+    model = network()
+    optimizer = Adam(model.parameters(), lr=0.01)
+    with pytest.raises(surgery.MirrorError):
+        surgery.Schedule(model, optimizer, Random(0.25), operate=Every(2), mirrors=nn.Sequential(nn.Linear(4, 2)))
+    target = copy.deepcopy(model)
+    schedule = surgery.Schedule(model, optimizer, Random(0.5), operate=Every(2), mirrors=target, cooldown=0)
+    train(model, optimizer, schedule, 3)
+    with torch.no_grad():  # frozen rows stay behind: wrong for "own"
+        for parameter, own in zip(model.parameters(), target.parameters(), strict=True):
+            own.copy_(parameter)
+    operated = surgery.composites(model)
+    with pytest.raises(surgery.MirrorError):
+        train(model, optimizer, schedule, 1)
+    assert surgery.composites(model) == operated
