@@ -18,6 +18,7 @@ from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+from neuronsurgery.pytorch.wrappers import COPIES
 
 __all__ = [
     "Group",
@@ -27,7 +28,6 @@ __all__ = [
     "own_step",
     "refresh_coupled",
     "refuse_coupled",
-    "refuse_wrapper",
     "scratch_optimizer",
     "scratch_options",
 ]
@@ -67,6 +67,9 @@ def fresh_rows(
         if is_shared(key, entry, parameter):
             continue
         _refuse_shape(optimizer, key, entry, parameter)
+        if key in COPIES and key not in fresh:  # a wrapper's, in the state of the optimizer that it holds
+            pairs.append((entry, weights))
+            continue
         if not isinstance(fresh.get(key), Tensor) or fresh[key].shape != weights.shape:
             raise OptimizerError(
                 f"the operated rows of a parameter need a fresh {key!r}, but {type(optimizer).__name__} has "
@@ -95,17 +98,6 @@ def refresh_coupled(
         elif isinstance(entry, Tensor) and entry.shape == parameter.shape:
             writes.append(WriteRows(entry, rows, torch.zeros_like(entry[rows])))
     return writes
-
-
-def refuse_wrapper(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that hands its parameters to another one, whose state and steps are what counts."""
-    owned = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer) and any(id(p) in owned for g in value.param_groups for p in g["params"]):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} wraps a {type(value).__name__}, which does the steps; pass that one: "
-                f"optimizer.{name.removeprefix('_')} (the attribute '{name}')"
-            )
 
 
 def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:

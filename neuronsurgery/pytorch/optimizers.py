@@ -33,11 +33,11 @@ from neuronsurgery.pytorch.fresh_state import (
     is_shared,
     refresh_coupled,
     refuse_coupled,
-    refuse_wrapper,
 )
 from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+from neuronsurgery.pytorch.wrappers import inner_of, refresh_wrapper, unwrapped
 
 __all__ = [
     "age_clock",
@@ -59,7 +59,8 @@ __all__ = [
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
     """Return what was passed as `optimizer=` as a tuple, each optimizer once.
 
-    Raises `OptimizerError` for anything but an optimizer, a sequence of optimizers, or None.
+    Of one that holds another (Lookahead, SAM, a training framework's) the inner one, and the wrapper behind it where it
+    has a state of its own. Raises `OptimizerError` for anything but an optimizer, a sequence of optimizers, or None.
 
     >>> as_optimizers(None)
     ()
@@ -74,7 +75,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
                 f"found {type(one).__name__}. Pass the optimizer itself: of a scheduler, "
                 "scheduler.optimizer; of a wrapper, what it wraps."
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(inner for one in found for inner in unwrapped(one)))
 
 
 def check_owners(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -191,8 +192,10 @@ def refresh(
     [False, True, False]
     """
     changes: list[Change] = []
+    for wrapper in optimizers:
+        if inner_of(wrapper) is not None and rows.numel():
+            changes += refresh_wrapper(wrapper, parameter, rows, axes)
     for optimizer, group in _owners(optimizers, parameter):
-        refuse_wrapper(optimizer)
         if not optimizer.state.get(parameter) or not rows.numel():
             continue
         family = family_of(optimizer)
@@ -313,7 +316,7 @@ def _owners(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> Iterato
     """Yield each optimizer that owns the parameter, with the parameter's group."""
     for optimizer in optimizers:
         group = _group(optimizer, parameter)
-        if group is not None:
+        if group is not None and inner_of(optimizer) is None:
             yield optimizer, group
 
 

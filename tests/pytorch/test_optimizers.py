@@ -1102,7 +1102,6 @@ WHAT_IS_REFUSED = {
     "factored": "AdaFactor (pytorch-optimizer)",
     "trust-ratio": "LAMB (pytorch-optimizer)",
     "state-not-from-zeros": "AdaMod (pytorch-optimizer)",
-    "lookahead": "Lookahead (pytorch-optimizer): pass what it wraps",
 }
 
 REFUSED: dict[str, tuple[Make, list[tuple[int, ...]], str]] = {
@@ -1120,11 +1119,6 @@ REFUSED: dict[str, tuple[Make, list[tuple[int, ...]], str]] = {
         r"fresh rows overshoot under Hasty: .* times a fresh parameter's",
     ),
     "state-not-from-zeros": (partial(pytorch_optimizer.AdaMod, lr=0.01), MATRIX, "fresh rows overshoot under AdaMod"),
-    "lookahead": (
-        lambda parameters: pytorch_optimizer.Lookahead(Adam(parameters, lr=0.1)),
-        MATRIX,
-        r"Lookahead wraps a Adam, which does the steps; pass that one: optimizer.optimizer",
-    ),
     "norm-of-a-matrix": (LayerWise, MATRIX, r"LayerWise couples the rows .* depends on the others"),
     "state-that-comes-later": (
         partial(Late, lr=0.1),
@@ -1157,25 +1151,6 @@ def test_optimizers_that_cannot_be_treated_are_refused_before_anything_changes(n
         owners.refresh([trial.optimizer], trial.parameters[0], ROWS)
     assert everything(trial) == before
     assert torch.equal(torch.get_rng_state(), seed)
-
-
-@pytest.mark.situation("Optimizers", "SAM (pytorch-optimizer): pass what it wraps", "works")
-def test_a_sharpness_aware_wrapper_names_what_to_pass_and_that_one_is_taken() -> None:
-    parameters = random_parameters(MATRIX)
-    sam = pytorch_optimizer.SAM(parameters, Adam, lr=0.1)
-
-    def closure() -> Tensor:
-        sam.zero_grad()
-        loss: Tensor = parameters[0].square().sum()
-        loss.backward()
-        return loss
-
-    closure()
-    sam.step(closure)
-    with pytest.raises(OptimizerError, match=r"SAM wraps a Adam, which does the steps; pass that one: optimizer.base_"):
-        owners.refresh([sam], parameters[0], ROWS)
-    run(owners.refresh([sam.base_optimizer], parameters[0], ROWS))
-    assert (sam.base_optimizer.state[parameters[0]]["exp_avg"][ROWS] == 0).all()
 
 
 class Normalizing(Optimizer):
