@@ -16,8 +16,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from marl.errors import BatchError, SettingsError
+from marl.layers import GRUCell
 
-__all__ = ["NO_ACTION", "Agent", "AgentInputs", "FeedForwardAgent", "GRUCell", "InputPart", "RecurrentAgent"]
+__all__ = ["NO_ACTION", "Agent", "AgentInputs", "FeedForwardAgent", "InputPart", "RecurrentAgent"]
 
 InputPart = Literal["obs", "last_action", "agent_id"]
 INPUT_PARTS: tuple[InputPart, ...] = ("obs", "last_action", "agent_id")
@@ -166,21 +167,6 @@ class FeedForwardAgent(Agent):
         agent_qs: Tensor
         agent_qs, _ = self(obs, _last_actions(actions), self.initial_hidden(obs))
         return agent_qs
-
-
-class GRUCell(nn.GRUCell):
-    """torch's GRU cell, with a fast way along a sequence.
-
-    >>> GRUCell(3, 5).unroll(torch.randn(7, 2, 3)).shape
-    torch.Size([7, 2, 5])
-    """
-
-    def unroll(self, x: Tensor) -> Tensor:
-        """All hidden states (T, M, H) for inputs (T, M, I), from a hidden state of zeros."""
-        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        zeros = x.new_zeros(1, x.shape[1], self.hidden_size)
-        # what `nn.GRU` calls: with biases, one layer, no dropout, in training, one direction, time first
-        return torch.gru(x, zeros, weights, True, 1, 0.0, True, False, False)[0]
 
 
 def _hidden_layers(input_size: int, hidden_size: int, num_layers: int) -> nn.Sequential:

@@ -101,7 +101,8 @@ class Learner:
         estimates = self.estimate(episodes)
         self.optimizer.zero_grad()
         estimates.loss.sum().backward()  # type: ignore[no-untyped-call]
-        grad_norm = bound_gradients(list(self.online.parameters()), self.max_grad_norm, num_leading=estimates.loss.ndim)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        grad_norm = bound_gradients(trained, self.max_grad_norm, num_leading=estimates.loss.ndim)
         self.optimizer.step()
         return _summary(estimates, episodes["mask"], grad_norm)
 
@@ -207,6 +208,8 @@ def bound_gradients(parameters: Sequence[nn.Parameter], max_norm: float, *, num_
     >>> bound_gradients([weight], 1.0), weight.grad
     (tensor(5.), tensor([0.6000, 0.8000]))
     """
+    if num_leading == 0:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(each.flatten(num_leading), dim=-1) for each in gradients]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
@@ -220,7 +223,7 @@ def _make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
     learning_rate, epsilon = settings.learning_rate, settings.epsilon
     owned = list(parameters)
     if settings.kind == "adam":
-        return torch.optim.Adam(owned, lr=learning_rate, eps=epsilon)
+        return torch.optim.Adam(owned, lr=learning_rate, eps=epsilon, fused=True)
     return torch.optim.RMSprop(owned, lr=learning_rate, alpha=settings.alpha, eps=epsilon)
 
 

@@ -16,6 +16,7 @@ from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 
 from marl.errors import SettingsError
+from marl.layers import GroupedLinear
 
 __all__ = ["QMIX", "QPLEX", "VDN", "Attention", "Mixer", "Transformation"]
 
@@ -156,18 +157,16 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_actions = num_actions
-        joint_size = state_size + num_agents * num_actions
-        self.keys = _heads(num_heads, state_size, 1, hidden_sizes)
-        self.agents = _heads(num_heads, state_size, num_agents, hidden_sizes)
-        self.actions = _heads(num_heads, joint_size, num_agents, hidden_sizes)
+        self.keys = _heads(state_size, (num_heads, 1), hidden_sizes)
+        self.agents = _heads(state_size, (num_heads, num_agents), hidden_sizes)
+        self.actions = _heads(state_size + num_agents * num_actions, (num_heads, num_agents), hidden_sizes)
 
     def forward(self, state: Tensor, actions: Tensor) -> Tensor:
         joint_action = rearrange(F.one_hot(actions, self.num_actions), "... n a -> ... (n a)")
         state_action = torch.cat([state, joint_action.to(state.dtype)], dim=-1)
-        keys = torch.stack([net(state) for net in self.keys]).abs() + EPSILON
-        agents = torch.stack([net(state) for net in self.agents]).sigmoid()
-        actions = torch.stack([net(state_action) for net in self.actions]).sigmoid()
-        importance: Tensor = reduce(keys * agents * actions, "k ... n -> ... n", "sum")
+        keys = self.keys(state).abs() + EPSILON
+        shares = self.agents(state).sigmoid() * self.actions(state_action).sigmoid()
+        importance: Tensor = reduce(keys * shares, "... k n -> ... n", "sum")
         return importance
 
 
@@ -182,11 +181,25 @@ def hypernetwork(state_size: int, num_weights: int, hidden_sizes: tuple[int, ...
     )
     """
     sizes = [state_size, *hidden_sizes]
-    if min(sizes[1:], default=1) < 1 or num_weights < 1:
-        raise SettingsError(f"asked for layers of {[*hidden_sizes, num_weights]} units: each needs at least one")
+    _check_sizes(*hidden_sizes, num_weights)
     hidden = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(sizes[-1], num_weights))
 
 
-def _heads(num_heads: int, input_size: int, output_size: int, hidden_sizes: tuple[int, ...]) -> nn.ModuleList:
-    return nn.ModuleList(hypernetwork(input_size, output_size, hidden_sizes) for _ in range(num_heads))
+def _heads(input_size: int, output_shape: tuple[int, int], hidden_sizes: tuple[int, ...]) -> nn.Sequential:
+    """A network for each head, as one: (..., input_size) to (..., heads, outputs)."""
+    num_heads, _ = output_shape
+    _check_sizes(*output_shape, *hidden_sizes)
+    first, *others = [*hidden_sizes, output_shape[1]]
+    layers: list[nn.Module] = [nn.Linear(input_size, num_heads * first)]
+    if others:  # the activation function next to its layer, where surgery looks for it
+        layers.append(nn.ReLU())
+    layers.append(nn.Unflatten(-1, (num_heads, first)))
+    for size, next_size in pairwise([first, *others]):
+        layers += [GroupedLinear(num_heads, size, next_size), nn.ReLU()]
+    return nn.Sequential(*(layers[:-1] if others else layers))
+
+
+def _check_sizes(*sizes: int) -> None:
+    if min(sizes) < 1:
+        raise SettingsError(f"asked for layers of {list(sizes)} units: each needs at least one")
