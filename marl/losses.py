@@ -63,7 +63,7 @@ def td_lambda_targets(
     """
     discount = gamma * (~terminated).to(next_q_tot.dtype)
     goes_on = torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], dim=-1)
-    share = td_lambda * goes_on  # of what follows: the rest of it is the value
+    share = td_lambda * goes_on.to(next_q_tot.dtype)  # of what follows: the rest of it is the value
     bootstrapped = reward + discount * (1 - share) * next_q_tot
     if td_lambda == 0:
         return bootstrapped
