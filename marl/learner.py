@@ -137,7 +137,11 @@ class Learner:
     @torch.no_grad()
     def _td_target(self, episodes: TensorDict, agent_qs: Tensor) -> Tensor:
         """Double Q-learning: the online networks choose the next actions, the target networks value them."""
-        mask, avail_actions = episodes["mask"], _after(episodes["avail_actions"], episodes["mask"])
+        mask, terminated = episodes["mask"], episodes["terminated"]
+        reward: Tensor = episodes["reward"].to(agent_qs.dtype)
+        if (terminated | ~mask).all():  # games of one step: nothing follows that would have a value
+            return reward
+        avail_actions = _after(episodes["avail_actions"], mask)
         actions = greedy_actions(_after(agent_qs, mask), avail_actions)
         target_qs = _after(self.target.agent.unroll(episodes["obs"], episodes["actions"]), mask)
         next_q_tot = self.target.mixer(
@@ -146,7 +150,6 @@ class Learner:
             max_qs=best_values(target_qs, avail_actions),
             actions=actions,
         )
-        reward, terminated = episodes["reward"].to(next_q_tot.dtype), episodes["terminated"]
         gamma, td_lambda = self.loss.gamma, self.loss.td_lambda
         return td_lambda_targets(next_q_tot, reward, terminated, mask, gamma=gamma, td_lambda=td_lambda)
 
@@ -252,3 +255,6 @@ def _check(episodes: TensorDict) -> None:
         found = tuple(episodes[key].shape)
         if found[: len(shape)] != shape:
             raise BatchError(f"asked to learn from {shape} steps of {key!r}, found {found}: pad all entries alike")
+    for key in ("mask", "terminated", "avail_actions"):
+        if episodes[key].dtype != torch.bool:
+            raise BatchError(f"asked for booleans as {key!r}, found {episodes[key].dtype}: convert them first")

@@ -131,6 +131,14 @@ def test_the_online_networks_choose_the_next_action_and_the_target_networks_valu
     assert torch.allclose(learner.estimate(episodes).td_target, expected)
 
 
+@pytest.mark.parametrize("fates", [((1, True),) * 3, ((1, True), (1, False), (1, True)), ((1, True), (2, True))])
+def test_games_of_one_step_are_valued_by_their_reward_and_others_by_what_follows_too(fates: Any) -> None:
+    learner, episodes = new_learner(small("qmix")), made_up_episodes(fates=fates)
+    weights, slow = (dict(networks.named_parameters()) for networks in (learner.online, learner.target))
+    expected = reference.learner_loss(weights, slow, episodes, "qmix", gamma=0.99, td_lambda=0.0, scale=1.0)
+    assert torch.allclose(learner.estimate(episodes).loss, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["rmsprop", "adam"])
 @pytest.mark.parametrize("max_grad_norm", [0.01, 1e6])
 def test_update_is_the_formula_of_the_optimizer_on_the_bounded_gradient(kind: Any, max_grad_norm: float) -> None:
@@ -228,6 +236,10 @@ def test_entries_that_do_not_fit_each_other_are_refused() -> None:
     learner, episodes = new_learner(small("qmix")), made_up_episodes()
     episodes["state"] = episodes["state"][:, :-1]
     with pytest.raises(BatchError, match=r"'state'.*pad all entries alike"):
+        learner.update(episodes)
+    episodes = made_up_episodes()
+    episodes["mask"] = episodes["mask"].float()
+    with pytest.raises(BatchError, match="booleans as 'mask'"):
         learner.update(episodes)
 
 
