@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from marl.agents import NO_ACTION, RecurrentAgent
-from marl.learner import Learner, make_learner, stack_learners
+from marl.learner import Learner, make_learner
 from marl.networks import make_networks
 from marl.settings import Algorithm, QPLEXSettings, Settings, preset
+from marl.stacking import stack_learners
 
 ALGORITHMS: tuple[Algorithm, ...] = ("vdn", "qmix", "qplex")
 NUM_TURNS = 9

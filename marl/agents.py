@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from marl.errors import BatchError, SettingsError
-from marl.layers import GRUCell
 
 __all__ = ["NO_ACTION", "Agent", "AgentInputs", "FeedForwardAgent", "InputPart", "RecurrentAgent"]
 
@@ -121,7 +120,7 @@ class RecurrentAgent(Agent):
         self.inputs = inputs
         self.hidden_size = hidden_size
         self.encoder = _hidden_layers(inputs.size, hidden_size, num_input_layers)
-        self.cell = GRUCell(hidden_size, hidden_size)
+        self.cell = nn.GRUCell(hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, inputs.num_actions)
 
     def initial_hidden(self, obs: Tensor) -> Tensor:
@@ -138,8 +137,11 @@ class RecurrentAgent(Agent):
         obs = rearrange(obs, "... b t n o -> ... t b n o")
         last_actions = rearrange(_last_actions(actions), "... b t n -> ... t b n")
         features = self.encoder(self.inputs.join(obs, last_actions, self.head.weight.dtype))
-        hidden = self.cell.unroll(rearrange(features, "... t b n h -> ... t (b n) h"))
-        agent_qs: Tensor = rearrange(self.head(hidden), "... t (b n) a -> ... b t n a", n=self.inputs.num_agents)
+        features = rearrange(features, "... t b n h -> ... t (b n) h")
+        hidden = torch.zeros_like(features[..., 0, :, :])
+        after_each = [hidden := self.cell(step, hidden) for step in features.unbind(-3)]
+        values = self.head(torch.stack(after_each, dim=-3))
+        agent_qs: Tensor = rearrange(values, "... t (b n) a -> ... b t n a", n=self.inputs.num_agents)
         return agent_qs
 
 

@@ -1,4 +1,4 @@
-"""Layers that torch does not have: a GRU cell along a sequence, groups of linear layers, and layers of many seeds.
+"""Layers that torch does not have: groups of linear layers, and layers of many seeds.
 
 A stacked layer is R layers in one: parameters and inputs have a leading dimension of R, the number of seeds.
 """
@@ -12,22 +12,7 @@ import torch
 from einops import einsum
 from torch import Tensor, nn
 
-__all__ = ["GRUCell", "GroupedLinear", "StackedGRUCell", "StackedGroupedLinear", "StackedLinear"]
-
-
-class GRUCell(nn.GRUCell):
-    """torch's GRU cell, with a fast way along a sequence.
-
-    >>> GRUCell(3, 5).unroll(torch.randn(7, 2, 3)).shape
-    torch.Size([7, 2, 5])
-    """
-
-    def unroll(self, x: Tensor) -> Tensor:
-        """All hidden states (T, M, H) for inputs (T, M, I), from a hidden state of zeros."""
-        weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-        zeros = x.new_zeros(1, x.shape[1], self.hidden_size)
-        # what `nn.GRU` calls: with biases, one layer, no dropout, in training, one direction, time first
-        return torch.gru(x, zeros, weights, True, 1, 0.0, True, False, False)[0]
+__all__ = ["GroupedLinear", "StackedGRUCell", "StackedGroupedLinear", "StackedLinear"]
 
 
 class GroupedLinear(nn.Module):
@@ -89,33 +74,20 @@ class StackedGRUCell(nn.Module):
 
     The formulas are those of `torch.nn.GRUCell`, from Cho et al. 2014.
 
-    >>> cell = StackedGRUCell([GRUCell(3, 4), GRUCell(3, 4)])
+    >>> cell = StackedGRUCell([nn.GRUCell(3, 4), nn.GRUCell(3, 4)])
     >>> cell(torch.randn(2, 7, 3), torch.zeros(2, 7, 4)).shape
     torch.Size([2, 7, 4])
     """
 
     def __init__(self, cells: Sequence[nn.GRUCell]) -> None:
         super().__init__()
-        self.hidden_size = cells[0].hidden_size
         self.weight_ih = _stacked([cell.weight_ih for cell in cells])
         self.weight_hh = _stacked([cell.weight_hh for cell in cells])
         self.bias_ih = _stacked([cell.bias_ih for cell in cells])
         self.bias_hh = _stacked([cell.bias_hh for cell in cells])
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        return self._step(_linear(x, self.weight_ih, self.bias_ih), hidden)
-
-    def unroll(self, x: Tensor) -> Tensor:
-        """All hidden states (R, T, M, H) for inputs (R, T, M, I), from a hidden state of zeros."""
-        hidden = x.new_zeros(x.shape[0], x.shape[2], self.hidden_size)
-        states = []
-        for input_gates in _linear(x, self.weight_ih, self.bias_ih).unbind(1):
-            hidden = self._step(input_gates, hidden)
-            states.append(hidden)
-        return torch.stack(states, dim=1)
-
-    def _step(self, input_gates: Tensor, hidden: Tensor) -> Tensor:
-        reset_x, update_x, candidate_x = input_gates.chunk(3, dim=-1)
+        reset_x, update_x, candidate_x = _linear(x, self.weight_ih, self.bias_ih).chunk(3, dim=-1)
         reset_h, update_h, candidate_h = _linear(hidden, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
         reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
         return torch.lerp(torch.tanh(candidate_x + reset * candidate_h), hidden, update)

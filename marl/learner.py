@@ -1,14 +1,14 @@
 """The learner: double Q-learning on the joint value, for agents and mixer together.
 
 Source: Rashid et al. 2018 (QMIX), with double Q-learning by van Hasselt et al. 2016. Seeds may train side by side
-(`stack_learners`): each has its own networks, targets, optimizer state, loss and bound on the gradient.
+(`marl.stacking`): each has its own networks, targets, optimizer state, loss and bound on the gradient.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from marl.errors import BatchError, CheckpointError
+from marl.errors import CheckpointError
 from marl.losses import best_values, greedy_actions, masked_mean, td_lambda_targets, values_of
 from marl.networks import Networks
+from marl.replay import check_layout
 from marl.settings import HardTargets, LossSettings, OptimizerSettings, Settings, TargetSettings
-from marl.stacking import load_module, load_optimizer, stack_modules, stack_optimizers
 from marl.targets import copy_online, follow_online
 
-__all__ = ["Estimates", "Learner", "Update", "bound_gradients", "load_learner", "make_learner", "stack_learners"]
+__all__ = ["Estimates", "Learner", "Update", "bound_gradients", "make_learner"]
 
 
 def make_learner(online: Networks, settings: Settings) -> Learner:
@@ -123,7 +123,7 @@ class Learner:
         Raises:
             BatchError: entries that do not fit each other.
         """
-        _check(episodes)
+        check_layout(episodes)
         actions, mask = episodes["actions"], episodes["mask"]
         agent_qs = self.online.agent.unroll(episodes["obs"], actions)
         now = _now(agent_qs, mask)
@@ -179,28 +179,6 @@ class Learner:
             ) from error
 
 
-def stack_learners(learners: Sequence[Learner]) -> Learner:
-    """One learner for R learners of the same settings, which train side by side on episodes (R, B).
-
-    It goes on where they stand, and gives each what it would have alone: its loss, its bound on the gradient.
-
-    Raises:
-        SettingsError: learners of different structure, or none.
-    """
-    online, target = (stack_modules([getattr(each, part) for each in learners]) for part in ("online", "target"))
-    target.requires_grad_(False)
-    optimizer = stack_optimizers([each.optimizer for each in learners], list(online.parameters()))
-    return replace(learners[0], online=online, target=target, optimizer=optimizer)
-
-
-def load_learner(learner: Learner, stacked: Learner, seed: int) -> None:
-    """Let a learner go on where one of the seeds of a stacked learner stands."""
-    load_module(learner.online, stacked.online, seed)
-    load_module(learner.target, stacked.target, seed)
-    load_optimizer(learner.optimizer, stacked.optimizer, seed)
-    learner.synced_at = stacked.synced_at
-
-
 def bound_gradients(parameters: Sequence[nn.Parameter], max_norm: float, *, num_leading: int = 0) -> Tensor:
     """Scale gradients down to an L2 norm of at most `max_norm` over all of them; returns the norm before.
 
@@ -244,17 +222,3 @@ def _now(entry: Tensor, mask: Tensor) -> Tensor:
 def _after(entry: Tensor, mask: Tensor) -> Tensor:
     """The steps behind the actions: all but the first of T + 1."""
     return entry.narrow(mask.ndim - 1, 1, mask.shape[-1])
-
-
-def _check(episodes: TensorDict) -> None:
-    steps = tuple(episodes["mask"].shape)
-    longer = (*steps[:-1], steps[-1] + 1)
-    expected = {"reward": steps, "terminated": steps, "actions": steps}
-    expected |= {"obs": longer, "state": longer, "avail_actions": longer}
-    for key, shape in expected.items():
-        found = tuple(episodes[key].shape)
-        if found[: len(shape)] != shape:
-            raise BatchError(f"asked to learn from {shape} steps of {key!r}, found {found}: pad all entries alike")
-    for key in ("mask", "terminated", "avail_actions"):
-        if episodes[key].dtype != torch.bool:
-            raise BatchError(f"asked for booleans as {key!r}, found {episodes[key].dtype}: convert them first")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from marl.errors import BatchError, CheckpointError, SettingsError
 
-__all__ = ["EpisodeReplay", "trim"]
+__all__ = ["EpisodeReplay", "check_layout", "trim"]
 
 
 class EpisodeReplay:
@@ -143,6 +143,25 @@ def trim(episodes: TensorDict) -> TensorDict:
         return episodes
     cut = {key: entry.narrow(time, 0, entry.shape[time] - num_steps + longest) for key, entry in episodes.items()}
     return TensorDict(cut, batch_size=episodes.batch_size)
+
+
+def check_layout(episodes: TensorDict) -> None:
+    """Refuse episodes (..., B) that are not laid out as above.
+
+    Raises:
+        BatchError: entries of different lengths, or other numbers where booleans belong.
+    """
+    steps = tuple(episodes["mask"].shape)
+    longer = (*steps[:-1], steps[-1] + 1)
+    expected = {"reward": steps, "terminated": steps, "actions": steps}
+    expected |= {"obs": longer, "state": longer, "avail_actions": longer}
+    for key, shape in expected.items():
+        found = tuple(episodes[key].shape)
+        if found[: len(shape)] != shape:
+            raise BatchError(f"asked to learn from {shape} steps of {key!r}, found {found}: pad all entries alike")
+    for key in ("mask", "terminated", "avail_actions"):
+        if episodes[key].dtype != torch.bool:
+            raise BatchError(f"asked for booleans as {key!r}, found {episodes[key].dtype}: convert them first")
 
 
 def _layout(episodes: TensorDict) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Seeds as a batch dimension: networks of one structure, computed as one.
 
-On small tasks a training step costs what its operations cost to start, not what they compute. `stack_modules` turns R
-modules of one structure into one whose parameters have a leading dimension of R; given inputs with that leading
+On small tasks a training step costs what its operations cost to start, not what they compute. `stack_learners` turns R
+learners into one, whose networks' parameters have a leading dimension of R; given inputs with that leading
 dimension it computes what the R modules would. Networks, losses and learner are written for any leading dimensions, so
 that nothing is written twice.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,16 +19,39 @@ from torch.optim import Optimizer
 
 from marl.errors import SettingsError
 from marl.layers import GroupedLinear, StackedGroupedLinear, StackedGRUCell, StackedLinear
+from marl.learner import Learner
 
 Module = TypeVar("Module", bound=nn.Module)
 
-__all__ = ["load_module", "load_optimizer", "stack_modules", "stack_optimizers"]
+__all__ = ["load_learner", "load_module", "load_optimizer", "stack_learners", "stack_modules", "stack_optimizers"]
 
 STACKED_FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     nn.Linear: StackedLinear,
     nn.GRUCell: StackedGRUCell,
     GroupedLinear: StackedGroupedLinear,
 }
+
+
+def stack_learners(learners: Sequence[Learner]) -> Learner:
+    """One learner for R learners of the same settings, which train side by side on episodes (R, B).
+
+    It goes on where they stand, and gives each what it would have alone: its loss, its bound on the gradient.
+
+    Raises:
+        SettingsError: learners of different structure, or none.
+    """
+    online, target = (stack_modules([getattr(each, part) for each in learners]) for part in ("online", "target"))
+    target.requires_grad_(False)
+    optimizer = stack_optimizers([each.optimizer for each in learners], list(online.parameters()))
+    return replace(learners[0], online=online, target=target, optimizer=optimizer)
+
+
+def load_learner(learner: Learner, stacked: Learner, seed: int) -> None:
+    """Let a learner go on where one of the seeds of a stacked learner stands."""
+    load_module(learner.online, stacked.online, seed)
+    load_module(learner.target, stacked.target, seed)
+    load_optimizer(learner.optimizer, stacked.optimizer, seed)
+    learner.synced_at = stacked.synced_at
 
 
 def stack_modules(modules: Sequence[Module]) -> Module:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from marl.diagnostics import diagnose
-from marl.learner import Learner, stack_learners
+from marl.learner import Learner
 from marl.mixers import QMIX
 from marl.settings import Algorithm, MixerSettings, QMIXSettings, QPLEXSettings, VDNSettings, preset
+from marl.stacking import stack_learners
 from tests.marl.batches import made_up_episodes, new_learner
 
 MIXERS: dict[str, MixerSettings] = {

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from marl.errors import BatchError, CheckpointError, SettingsError
-from marl.learner import Learner, load_learner, make_learner, stack_learners
+from marl.learner import Learner, make_learner
 from marl.replay import EpisodeReplay
 from marl.settings import (
     Algorithm,
@@ -27,6 +27,7 @@ from marl.settings import (
     VDNSettings,
     preset,
 )
+from marl.stacking import load_learner, stack_learners
 from tests.marl import reference
 from tests.marl.batches import made_up_episodes, new_learner
 

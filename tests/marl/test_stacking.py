@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 import torch
 from torch import nn
 
 from marl.errors import SettingsError
-from marl.layers import GroupedLinear, GRUCell, StackedGRUCell
+from marl.layers import GroupedLinear
 from marl.stacking import load_module, stack_modules
 
 
@@ -22,13 +20,12 @@ def test_a_stacked_layer_computes_each_seed_on_its_own_input(make: type[nn.Modul
         assert torch.allclose(found[seed], layer(x[seed]))
 
 
-def test_a_stacked_cell_unrolls_as_each_cell_does() -> None:
-    cells: list[GRUCell] = [GRUCell(3, 4).double() for _ in range(3)]
-    x = torch.randn(3, 5, 6, 3).double()
-    stacked = stack_modules(cells)
-    found = cast(StackedGRUCell, stacked).unroll(x)
+def test_a_stacked_cell_steps_as_each_cell_does() -> None:
+    cells = [nn.GRUCell(3, 4).double() for _ in range(3)]
+    x, hidden = torch.randn(3, 5, 3).double(), torch.randn(3, 5, 4).double()
+    found = stack_modules(cells)(x, hidden)
     for seed, cell in enumerate(cells):
-        assert torch.allclose(found[seed], cell.unroll(x[seed]))
+        assert torch.allclose(found[seed], cell(x[seed], hidden[seed]))
 
 
 def test_a_grouped_layer_is_a_linear_layer_for_each_group() -> None:
