@@ -38,6 +38,7 @@ def test_more_episodes_than_fit_leave_the_latest() -> None:
     replay.add(numbered(0))
     replay.add(numbered(*range(1, 9)))
     assert numbers_of(replay.latest(3)) == [6, 7, 8]
+    assert replay.num_added == 9
 
 
 def test_latest_gives_the_episodes_in_the_order_they_came() -> None:
