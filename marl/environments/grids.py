@@ -36,7 +36,8 @@ class Grids:
         self.margin = max(1, radius)
         self.stride = width + 2 * self.margin
         self.size = self.stride * (height + 2 * self.margin)
-        self.nowhere = np.arange(batch_size, dtype=np.intp) * self.size
+        self.lanes = np.arange(batch_size, dtype=np.intp)
+        self.nowhere = self.lanes * self.size
         self.deltas = np.array([1, self.stride, -1, -self.stride, 0, 0], dtype=np.intp)
         self.clear()
 

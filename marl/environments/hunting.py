@@ -16,25 +16,27 @@ from marl.environments.predator_prey_settings import PredatorPreySettings
 
 Bools = NDArray[np.bool_]
 Numbers = NDArray[np.intp]
+Counts = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 # A number below 12 chooses evenly among 1, 2, 3 or 4 free neighbors.
 NUM_CHOICES = 12
-# Which neighbors are occupied, as one number: a bit for each, in the order of the actions that lead there.
-BITS = np.array([1, 2, 4, 8], dtype=np.uint8)
+# Which neighbors are occupied and a choice make one number, below 16 * 12: the sum of these bits, plus the choice.
+BITS = NUM_CHOICES * np.array([1, 2, 4, 8], dtype=np.uint8)
 
 
 def escapes() -> Numbers:
-    """The move that each choice means in each surroundings, (16, 12): one of the free ones, or to stay.
+    """The move for each such number, (192,): one that leads to a free neighbor, or to stay where there is none.
 
-    >>> escapes()[0b0101].tolist()  # a wall to the right, another animal to the left
-    [1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3]
+    >>> walled_to_the_right_and_left = BITS[0] + BITS[2]
+    >>> [int(escapes()[walled_to_the_right_and_left + choice]) for choice in range(4)]
+    [1, 3, 1, 3]
     """
     table = np.full((1 << NUM_NEIGHBORS, NUM_CHOICES), STAY)
     for surroundings in range(len(table) - 1):
-        free = [move for move in range(NUM_NEIGHBORS) if not surroundings & BITS[move]]
+        free = [move for move in range(NUM_NEIGHBORS) if not surroundings >> move & 1]
         table[surroundings] = [free[choice % len(free)] for choice in range(NUM_CHOICES)]
-    return table
+    return table.reshape(-1)
 
 
 ESCAPES = escapes()
@@ -42,20 +44,21 @@ ESCAPES = escapes()
 
 def move_predators(grids: Grids, predators: Cells, actions: Numbers, order: Numbers) -> None:
     """Rule 3: moves the predators (N, B), in place, by `actions` (N, B), one after the other of `order` (N, B)."""
-    cells = np.take_along_axis(predators, order, axis=0)
-    goals = cells + grids.deltas[np.take_along_axis(actions, order, axis=0)]
+    who = order * grids.batch_size + grids.lanes
+    cells = predators.reshape(-1)[who]
+    goals = cells + grids.deltas[actions.reshape(-1)[who]]
     for cell, goal in zip(cells, goals, strict=True):
         grids.occupied[cell] = 0
         cell[:] = np.where(grids.occupied[goal], cell, goal)
         grids.occupied[cell] = 1
-    np.put_along_axis(predators, order, cells, axis=0)
+    predators.reshape(-1)[who] = cells
 
 
 @dataclass(frozen=True)
 class Worth:
     """What catching each of the M prey takes and brings."""
 
-    catchers: Numbers
+    catchers: Counts
     """(M,): how many predators have to catch it at once."""
     reward: Floats
     """(M,): for capturing it."""
@@ -73,7 +76,7 @@ class Worth:
         """The worth of the stags and then the hares of these settings."""
         numbers, stag, hare = (settings.num_stags, settings.num_hares), settings.reward_stag, settings.reward_hare
         return cls(
-            catchers=np.repeat([settings.stag_catchers, settings.hare_catchers], numbers),
+            catchers=np.repeat(np.array([settings.stag_catchers, settings.hare_catchers], np.uint8), numbers),
             reward=np.repeat(np.array([stag, hare], np.float32), numbers),
             reward_with_hunter=np.repeat(np.array([stag, hare * settings.hunter_factor], np.float32), numbers),
             is_hunter=np.isin(np.arange(settings.num_agents), settings.hunters),
@@ -93,7 +96,7 @@ class Hunt:
         self._grids, self._worth = grids, worth
         self._predators, self._prey = predators, prey
 
-    def run(self, catching: Bools, adjacent: Bools, order: Numbers, choices: Numbers, resting: Bools) -> Floats:
+    def run(self, catching: Bools, adjacent: Bools, order: Numbers, choices: Counts, resting: Bools) -> Floats:
         """The reward (B,) of giving the prey its turns in `order` (M, B).
 
         Where it flees, `choices` (M, B), below 12, are the ways it takes; where `resting` (B,), it stays.
@@ -101,22 +104,19 @@ class Hunt:
         self._catching, self._adjacent = catching, adjacent
         self._num_catchers = count_over_first(catching[:, None] & adjacent)  # (M, B); those removed no longer count
         self._reward = np.zeros(len(resting), dtype=np.float32)
-        lanes = np.arange(len(resting))
-        for prey, choice in zip(order, choices, strict=True):
-            tried = self._num_catchers[prey, lanes] > 0
-            if tried.any():
-                self._settle(prey[tried], lanes[tried])
-            self._flee(prey * len(lanes) + lanes, choice, tried | resting)
-        return self._reward
-
-    def _settle(self, prey: Numbers, lanes: Numbers) -> None:
-        """Rewards or punishes those who try to catch one prey in each of these episodes."""
-        captured = self._num_catchers[prey, lanes] >= self._worth.catchers[prey]
-        self._reward[lanes[~captured]] += self._worth.punishment
-        if captured.any():
-            self._capture(prey[captured], lanes[captured])
+        who = order * len(resting) + self._grids.lanes  # entries of flattened (M, B)
+        needed, found = self._worth.catchers[order], np.empty(order.shape, np.uint8)
+        for turn, entries in enumerate(who):
+            found[turn] = self._num_catchers.reshape(-1)[entries]
+            captured = found[turn] >= needed[turn]
+            if np.count_nonzero(captured):
+                self._capture(order[turn][captured], captured.nonzero()[0])
+            self._flee(entries, choices[turn], (found[turn] > 0) | resting)
+        failures = count_over_first((found > 0) & (found < needed))
+        return self._reward + self._worth.punishment * failures
 
     def _capture(self, prey: Numbers, lanes: Numbers) -> None:
+        """Removes one prey in each of these episodes, and its catchers where captures freeze."""
         catchers = self._catching[:, lanes] & self._adjacent[:, prey, lanes]  # (N, captures)
         with_hunter = catchers[self._worth.is_hunter].any(axis=0)
         self._reward[lanes] += np.where(with_hunter, self._worth.reward_with_hunter[prey], self._worth.reward[prey])
@@ -127,19 +127,19 @@ class Hunt:
             self._catching[agents, lanes[captures]] = False
             self._num_catchers[:, lanes] -= count_over_first(catchers[:, None] & self._adjacent[:, :, lanes])
 
-    def _flee(self, who: Numbers, choice: Numbers, stuck: Bools) -> None:
+    def _flee(self, who: Numbers, choice: Counts, stuck: Bools) -> None:
         """Moves one prey in each episode, the entries `who` of the flattened cells, to a free neighboring cell."""
-        occupied, prey = self._grids.occupied, self._prey.reshape(-1)
+        occupied, prey, deltas = self._grids.occupied, self._prey.reshape(-1), self._grids.deltas
         cell = prey[who]
-        surroundings = BITS @ occupied[cell + self._grids.deltas[:NUM_NEIGHBORS, None]]
-        direction = ESCAPES[surroundings, choice]
-        direction[stuck] = STAY
+        surroundings = BITS @ occupied[cell + deltas[:NUM_NEIGHBORS, None]]
+        direction = ESCAPES.take(surroundings + choice)
         occupied[cell] = 0
-        cell += self._grids.deltas[direction]
+        cell += deltas[np.where(stuck, STAY, direction)]
         occupied[cell] = 1
         prey[who] = cell
 
 
-def count_over_first(flags: Bools) -> NDArray[np.uint8]:
+def count_over_first(flags: Bools) -> Counts:
     """How many of the first axis are true."""
-    return np.add.reduce(flags.view(np.uint8), axis=0, dtype=np.uint8)
+    counts: Counts = np.add.reduce(flags.view(np.uint8), axis=0, dtype=np.uint8)
+    return counts

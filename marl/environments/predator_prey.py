@@ -105,7 +105,7 @@ class PredatorPrey:
         move_predators(self._grids, self._predators, taken, shuffled(words[:, :num_agents]).T)
         hunt = Hunt(self._grids, self._worth, self._predators, self._prey)
         order = shuffled(words[:, num_agents:-num_prey]).T
-        choices = (words[:, -num_prey:] % NUM_CHOICES).T
+        choices = (words[:, -num_prey:] % NUM_CHOICES).T.astype(np.uint8)
         return hunt.run(taken == CATCH, self._adjacent, order, choices, resting=ended)
 
     def _is_over(self) -> Bools:
