@@ -39,6 +39,7 @@ class Grids:
         self.lanes = np.arange(batch_size, dtype=np.intp)
         self.nowhere = self.lanes * self.size
         self.deltas = np.array([1, self.stride, -1, -self.stride, 0, 0], dtype=np.intp)
+        self.neighbors = self.deltas[:NUM_NEIGHBORS, None]
         self.clear()
 
     def clear(self) -> None:
@@ -73,7 +74,7 @@ class Grids:
 
         The margin keeps the ends of neighboring rows apart, so a distance of 1 or of a row is adjacency.
         """
-        distance = np.abs(some[:, None] - others)
+        distance = np.abs(some.astype(np.int32)[:, None] - others.astype(np.int32))
         return (distance == 1) | (distance == self.stride)
 
     def draw(self, positions: Cells, channels: NDArray[np.intp]) -> None:
@@ -92,11 +93,12 @@ class Grids:
         rows = 2 * self.radius + 1
         length = rows * NUM_CHANNELS
         every_row = np.ndarray((self.presence.size - length + 1,), f"V{length}", self.presence, strides=(1,))
-        first = centers.T[..., None] - self.radius * (self.stride + 1) + np.arange(rows) * self.stride
-        seen = every_row[first * NUM_CHANNELS].view(np.uint8).reshape(self.batch_size, len(centers), rows * length)
-        removed = ~self.is_somewhere(centers)
-        if removed.any():
-            seen[removed.T] = 0
+        offsets = np.arange(rows) * self.stride - self.radius * (self.stride + 1)
+        starts = (np.ascontiguousarray(centers.T)[..., None] + offsets) * NUM_CHANNELS
+        seen = every_row[starts].view(np.uint8).reshape(self.batch_size, len(centers), rows * length)
+        here = self.is_somewhere(centers)
+        if not here.all():
+            seen[~here.T] = 0
         return seen
 
     def whole(self) -> NDArray[np.uint8]:

@@ -106,12 +106,13 @@ class Hunt:
         self._reward = np.zeros(len(resting), dtype=np.float32)
         who = order * len(resting) + self._grids.lanes  # entries of flattened (M, B)
         needed, found = self._worth.catchers[order], np.empty(order.shape, np.uint8)
+        num_catchers = self._num_catchers.reshape(-1)
         for turn, entries in enumerate(who):
-            found[turn] = self._num_catchers.reshape(-1)[entries]
-            captured = found[turn] >= needed[turn]
+            count = found[turn] = num_catchers[entries]
+            captured = count >= needed[turn]
             if np.count_nonzero(captured):
                 self._capture(order[turn][captured], captured.nonzero()[0])
-            self._flee(entries, choices[turn], (found[turn] > 0) | resting)
+            self._flee(entries, choices[turn], (count > 0) | resting)
         failures = count_over_first((found > 0) & (found < needed))
         return self._reward + self._worth.punishment * failures
 
@@ -129,12 +130,13 @@ class Hunt:
 
     def _flee(self, who: Numbers, choice: Counts, stuck: Bools) -> None:
         """Moves one prey in each episode, the entries `who` of the flattened cells, to a free neighboring cell."""
-        occupied, prey, deltas = self._grids.occupied, self._prey.reshape(-1), self._grids.deltas
+        grids, occupied, prey = self._grids, self._grids.occupied, self._prey.reshape(-1)
         cell = prey[who]
-        surroundings = BITS @ occupied[cell + deltas[:NUM_NEIGHBORS, None]]
-        direction = ESCAPES.take(surroundings + choice)
+        surroundings = BITS @ occupied[cell + grids.neighbors]
+        direction = ESCAPES[surroundings + choice]
+        direction[stuck] = STAY
         occupied[cell] = 0
-        cell += deltas[np.where(stuck, STAY, direction)]
+        cell += grids.deltas[direction]
         occupied[cell] = 1
         prey[who] = cell
 

@@ -78,7 +78,8 @@ class PredatorPrey:
         positions = self._grids.cells(places).T.copy()
         self._grids.clear()
         self._grids.place(positions)
-        self._predators, self._prey = positions[:num_agents], positions[num_agents:]  # (N, B) and (M, B): cells
+        self._positions = positions  # (N + M, B): cells
+        self._predators, self._prey = positions[:num_agents], positions[num_agents:]  # written to in place
         self._clock.start()
         return self._observe(self._clock.ended)
 
@@ -115,9 +116,9 @@ class PredatorPrey:
     def _observe(self, ended: Bools) -> Observation:
         """What can be seen, with no action but staying in episodes that ended before the last step."""
         grids = self._grids
-        grids.draw(np.concatenate([self._predators, self._prey]), self._channels)
+        grids.draw(self._positions, self._channels)
         self._adjacent = grids.adjacent(self._predators, self._prey)  # (N, M, B)
-        available = self._possible_moves[(self._predators - grids.nowhere).T]
+        available = self._possible_moves.take((self._predators - grids.nowhere).T, axis=0)
         available[..., CATCH] = self._adjacent.any(axis=1).T
         available[ended] = ONLY_STAY
         self._avail_actions = torch.from_numpy(available)

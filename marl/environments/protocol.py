@@ -114,17 +114,23 @@ def checked_actions(actions: Tensor, avail_actions: Tensor, ended: NDArray[np.bo
         expected = tuple(avail_actions.shape[:2])
         raise ActionError(f"integer actions of shape {expected} are needed; got {actions.dtype} {tuple(actions.shape)}")
     taken: NDArray[np.int64] = actions.long().numpy(force=True)
-    available = avail_actions.numpy()
-    num_actions = available.shape[2]
-    entries = np.arange(taken.size) * num_actions + taken.reshape(-1) % num_actions
-    allowed = available.reshape(-1)[entries].reshape(taken.shape) & (taken >= 0) & (taken < num_actions)
-    allowed |= ended[:, None]
+    allowed = is_available(taken, avail_actions.numpy()) | ended[:, None]
     if not allowed.all():
         episode, agent = np.argwhere(~allowed)[0].tolist()
-        options = ", ".join(map(str, available[episode, agent].nonzero()[0]))
+        options = ", ".join(map(str, avail_actions[episode, agent].nonzero()[:, 0].tolist()))
         found = taken[episode, agent]
         raise ActionError(f"agent {agent} of episode {episode} took action {found}; available to it: {options}")
     return taken
+
+
+def is_available(taken: NDArray[np.int64], available: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether each of the actions (B, N) is among those available (B, N, A)."""
+    num_actions = available.shape[2]
+    exists = taken.view(np.uint64) < num_actions  # a negative number becomes a very large one
+    entries = np.arange(0, available.size, num_actions).reshape(taken.shape) + taken
+    if exists.all():
+        return available.reshape(-1)[entries]
+    return available.reshape(-1)[np.where(exists, entries, 0)] & exists
 
 
 class Clock:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from marl.environments.protocol import Environment
+
+Policy = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def uniform_actions(avail_actions: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from marl.environments.predator_prey import PredatorPrey
 from marl.environments.predator_prey_settings import VARIANTS, PredatorPreySettings
 from marl.environments.protocol import Observation
 from tests.marl.environments import reference
-from tests.marl.environments.playing import keen_actions, uniform_actions, uniform_returns
+from tests.marl.environments.playing import Policy, keen_actions, uniform_actions, uniform_returns
 
 DEFAULT = VARIANTS["predator_prey"]
 CROWD = replace(DEFAULT, height=5, width=6, num_agents=7, num_stags=6, num_hares=5, episode_limit=40)
@@ -26,7 +29,7 @@ RULES = {
     "one column": PredatorPreySettings(height=9, width=1, num_agents=3, num_stags=2, episode_limit=30, obs_radius=4),
     "wide view": replace(CROWD, obs_radius=6),
 }
-POLICIES = {"uniform": uniform_actions, "keen": keen_actions}
+POLICIES: dict[str, Policy] = {"uniform": uniform_actions, "keen": keen_actions}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -42,29 +45,55 @@ def test_ten_thousand_steps_are_those_of_the_rules(rules: str) -> None:
         assert_plays_by_the_rules(RULES[rules], policy, num_steps=5000)
 
 
-def assert_plays_by_the_rules(settings: PredatorPreySettings, policy: str, num_steps: int, batch_size: int = 3) -> None:
-    """Plays at least `num_steps` steps, counted over the batch's episodes, and compares all there is to see."""
-    game = PredatorPrey(settings, batch_size, seed=5)
+@pytest.mark.parametrize("field", ["reward_stag", "reward_hare", "punishment", "hunter_factor", "episode_limit"])
+def test_a_difference_in_the_rules_is_found(field: str) -> None:
+    settings = RULES["hunters that freeze"]
+    with pytest.raises(AssertionError):
+        assert_plays_by_the_rules(settings, "keen", 300, told=replace(settings, **{field: getattr(settings, field) + 1}))
+
+
+@pytest.mark.parametrize("change", [{"capture_freezes": False}, {"stag_catchers": 1}, {"hare_catchers": 2}])
+def test_a_difference_in_what_a_capture_takes_is_found(change: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        assert_plays_by_the_rules(CROWD, "keen", 300, told=replace(CROWD, **change))
+
+
+def assert_plays_by_the_rules(
+    settings: PredatorPreySettings, policy: str, num_steps: int, *, told: PredatorPreySettings | None = None
+) -> None:
+    """Plays at least this many steps, those of all episodes together, and compares all there is to see.
+
+    `told` is what the reference plays, where that is something else.
+    """
+    num_lanes, seed = 3, 5
+    game = PredatorPrey(settings, num_lanes, seed=seed)
     generator = torch.Generator().manual_seed(2)
-    episode = 0
-    while num_steps > 0:
-        episode += 1
-        games = [
-            reference.Game(settings, settings.hunters, reference.stream(5, lane, episode)) for lane in range(batch_size)
-        ]
-        observation = game.reset()
-        assert_sees(observation, games, ended=[False] * batch_size)
-        while not all(each.terminated or each.truncated for each in games) and num_steps > 0:
-            ended = [each.terminated or each.truncated for each in games]
-            actions = POLICIES[policy](observation.avail_actions, generator)
-            outcome = game.step(actions)
-            rewards = [each.step(chosen) for each, chosen in zip(games, actions.tolist(), strict=True)]
-            assert outcome.reward.tolist() == pytest.approx(rewards)
-            assert outcome.terminated.tolist() == [each.terminated for each in games]
-            assert outcome.truncated.tolist() == [each.truncated for each in games]
-            observation = outcome.observation
-            assert_sees(observation, games, ended)
-            num_steps -= ended.count(False)
+    for episode in itertools.count(1):
+        streams = [reference.stream(seed, lane, episode) for lane in range(num_lanes)]
+        games = [reference.Game(told or settings, settings.hunters, stream) for stream in streams]
+        num_steps -= assert_same_episodes(game, games, POLICIES[policy], generator)
+        if num_steps <= 0:
+            break
+
+
+def assert_same_episodes(
+    game: PredatorPrey, games: list[reference.Game], policy: Policy, generator: torch.Generator
+) -> int:
+    """Plays one episode in each lane to its end and returns the number of their steps."""
+    observation, num_steps = game.reset(), 0
+    ended = [False] * len(games)
+    assert_sees(observation, games, ended)
+    while not all(ended):
+        actions = policy(observation.avail_actions, generator)
+        outcome = game.step(actions)
+        rewards = [each.step(chosen) for each, chosen in zip(games, actions.tolist(), strict=True)]
+        assert outcome.reward.tolist() == pytest.approx(rewards)
+        assert outcome.terminated.tolist() == [each.terminated for each in games]
+        assert outcome.truncated.tolist() == [each.truncated for each in games]
+        assert_sees(outcome.observation, games, ended)
+        observation, num_steps = outcome.observation, num_steps + ended.count(False)
+        ended = [each.terminated or each.truncated for each in games]
+    return num_steps
 
 
 def assert_sees(observation: Observation, games: list[reference.Game], ended: list[bool]) -> None:
@@ -76,9 +105,22 @@ def assert_sees(observation: Observation, games: list[reference.Game], ended: li
         assert observation.avail_actions[lane].tolist() == expected
 
 
-def test_a_wrong_rule_is_found() -> None:
-    """The comparison above can fail: here on the smallest of the differences between two rules."""
-    game = replace(CROWD, punishment=-1.5)
-    with pytest.raises(AssertionError):
-        compare_with = PredatorPreySettings.hunters.fget
-        assert compare_with is None or assert_plays_by_the_rules(game, "keen", 300) is not None
+@pytest.mark.slow
+def test_the_uniform_policy_returns_what_it_returns_under_the_reference() -> None:
+    """Seeds and policies are drawn apart, so only the rules can make the two agree."""
+    game = PredatorPrey(DEFAULT, batch_size=500, seed=1)
+    found = uniform_returns(game, num_batches=8)
+    expected = torch.tensor([reference_return(episode) for episode in range(1000)])
+    margin = 2.58 * expected.std() / len(expected) ** 0.5
+    assert abs(found.mean() - expected.mean()) < margin, (found.mean(), expected.mean(), margin)
+    assert -110 < expected.mean() < -90  # the literature's code: about -99
+
+
+def reference_return(episode: int) -> float:
+    game = reference.Game(DEFAULT, (), reference.stream(seed=77, lane=0, episode=episode + 1))
+    generator = random.Random(episode)
+    total = 0.0
+    while not (game.terminated or game.truncated):
+        available = game.avail_actions()
+        total += game.step([generator.choice([a for a in range(6) if flags[a]]) for flags in available])
+    return total
