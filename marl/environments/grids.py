@@ -42,13 +42,15 @@ class Grids:
         self.neighbors = self.deltas[:NUM_NEIGHBORS, None]
         self.clear()
 
-    def clear(self) -> None:
-        """Removes everything but the walls."""
+    def clear(self, shown_walls: int | None = None) -> None:
+        """Removes everything but the walls, which can be seen if there is a channel for them."""
         self.presence = np.zeros((self.batch_size, self.size * NUM_CHANNELS), dtype=np.uint8)
         self._shown: Cells = np.zeros(0, dtype=np.intp)
         walls = np.ones((self.batch_size, self.height + 2 * self.margin, self.stride), dtype=np.uint8)
         walls[:, self.margin : -self.margin, self.margin : -self.margin] = 0
         self.occupied = walls.reshape(-1)
+        if shown_walls is not None:
+            self.presence.reshape(-1)[shown_walls::NUM_CHANNELS] = self.occupied
 
     def cells(self, inside: Cells) -> Cells:
         """The cells of places (B, ...) that count through each grid without its margin, row by row."""
@@ -101,11 +103,11 @@ class Grids:
             seen[~here.T] = 0
         return seen
 
-    def whole(self) -> NDArray[np.uint8]:
-        """The grids without their margins, (B, height * width * 3)."""
+    def whole(self, num_channels: int = NUM_CHANNELS) -> NDArray[np.uint8]:
+        """The first channels of the grids without their margins, (B, height * width * channels)."""
         shape = (self.batch_size, -1, self.stride, NUM_CHANNELS)
         inside = slice(self.margin, -self.margin)
-        return self.presence.reshape(shape)[:, inside, inside].reshape(self.batch_size, -1)
+        return self.presence.reshape(shape)[:, inside, inside, :num_channels].reshape(self.batch_size, -1)
 
     def walls_around(self) -> NDArray[np.bool_]:
         """Whether each cell of a grid has a wall to its right, below, to its left and above, (size, 4)."""
