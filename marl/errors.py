@@ -12,6 +12,9 @@ Messages say what was asked, what was found and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class MarlError(ValueError):
     """The root of the package's errors."""
@@ -43,4 +46,20 @@ class MissingExtraError(MarlError, ImportError):
     @classmethod
     def of(cls, package: str) -> MissingExtraError:
         """The error for a package that the extra `marl` brings."""
-        return cls(f"{package} is not installed; install what the trainer needs with `pip install 'neuronsurgery[marl]'`")
+        command = "pip install 'neuronsurgery[marl]'"
+        return cls(f"{package} is not installed; install what the trainer needs with `{command}`")
+
+
+def suggestion(asked: str, known: Iterable[str]) -> str:
+    """The known names that are like the one asked for, or else all of them.
+
+    >>> suggestion("qmx", ["qmix", "vdn"])
+    "did you mean 'qmix'?"
+    >>> suggestion("ppo", ["qmix", "vdn"])
+    "known are 'qmix', 'vdn'"
+    """
+    names = sorted(known)
+    like = get_close_matches(asked, names, n=3)
+    if like:
+        return f"did you mean {' or '.join(map(repr, like))}?"
+    return f"known are {', '.join(map(repr, names))}"

@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+Bools = NDArray[np.bool_]
+Bytes = NDArray[np.uint8]
 Cells = NDArray[np.intp]
 
 RIGHT, DOWN, LEFT, UP, STAY, CATCH = range(6)
@@ -56,11 +58,13 @@ class Grids:
         """The cells of places (B, ...) that count through each grid without its margin, row by row."""
         rows, columns = np.divmod(inside, self.width)
         lanes = self.nowhere.reshape(-1, *[1] * (inside.ndim - 1))
-        return lanes + (rows + self.margin) * self.stride + columns + self.margin
+        cells: Cells = lanes + (rows + self.margin) * self.stride + columns + self.margin
+        return cells
 
-    def is_somewhere(self, positions: Cells) -> NDArray[np.bool_]:
+    def is_somewhere(self, positions: Cells) -> Bools:
         """Whether what stands at the positions (..., B) has not been removed."""
-        return positions != self.nowhere
+        here: Bools = positions != self.nowhere
+        return here
 
     def place(self, positions: Cells) -> None:
         """Occupies cells."""
@@ -71,13 +75,14 @@ class Grids:
         self.occupied[positions[which, lanes]] = 0
         positions[which, lanes] = self.nowhere[lanes]
 
-    def adjacent(self, some: Cells, others: Cells) -> NDArray[np.bool_]:
+    def adjacent(self, some: Cells, others: Cells) -> Bools:
         """Which of some positions (I, B) are 4-adjacent to which of others (J, B), as (I, J, B).
 
         The margin keeps the ends of neighboring rows apart, so a distance of 1 or of a row is adjacency.
         """
         distance = np.abs(some.astype(np.int32)[:, None] - others.astype(np.int32))
-        return (distance == 1) | (distance == self.stride)
+        beside: Bools = (distance == 1) | (distance == self.stride)
+        return beside
 
     def draw(self, positions: Cells, channels: NDArray[np.intp]) -> None:
         """Shows what stands at the positions (I, B) in these channels (I,), and nothing else."""
@@ -86,7 +91,7 @@ class Grids:
         self._shown = positions * NUM_CHANNELS + channels[:, None]
         presence[self._shown] = self.is_somewhere(positions)
 
-    def windows(self, centers: Cells) -> NDArray[np.uint8]:
+    def windows(self, centers: Cells) -> Bytes:
         """The squares around centers (I, B), as (B, I, (2 radius + 1)^2 * 3), row by row; nothing seen from nowhere.
 
         A row of a window is adjacent in memory. As one item of as many bytes it is copied at once, which takes a third
@@ -97,23 +102,24 @@ class Grids:
         every_row = np.ndarray((self.presence.size - length + 1,), f"V{length}", self.presence, strides=(1,))
         offsets = np.arange(rows) * self.stride - self.radius * (self.stride + 1)
         starts = (np.ascontiguousarray(centers.T)[..., None] + offsets) * NUM_CHANNELS
-        seen = every_row[starts].view(np.uint8).reshape(self.batch_size, len(centers), rows * length)
+        seen: Bytes = every_row[starts].view(np.uint8).reshape(self.batch_size, len(centers), rows * length)
         here = self.is_somewhere(centers)
         if not here.all():
             seen[~here.T] = 0
         return seen
 
-    def whole(self, num_channels: int = NUM_CHANNELS) -> NDArray[np.uint8]:
+    def whole(self, num_channels: int = NUM_CHANNELS) -> Bytes:
         """The first channels of the grids without their margins, (B, height * width * channels)."""
         shape = (self.batch_size, -1, self.stride, NUM_CHANNELS)
         inside = slice(self.margin, -self.margin)
         return self.presence.reshape(shape)[:, inside, inside, :num_channels].reshape(self.batch_size, -1)
 
-    def walls_around(self) -> NDArray[np.bool_]:
+    def walls_around(self) -> Bools:
         """Whether each cell of a grid has a wall to its right, below, to its left and above, (size, 4)."""
         walls = np.ones((self.height + 2 * self.margin, self.stride), dtype=np.bool_)
         walls[self.margin : -self.margin, self.margin : -self.margin] = False
-        return walls.reshape(-1)[(np.arange(self.size)[:, None] + self.deltas[:NUM_NEIGHBORS]) % self.size]
+        around: Bools = walls.reshape(-1)[(np.arange(self.size)[:, None] + self.deltas[:NUM_NEIGHBORS]) % self.size]
+        return around
 
     def text(self, episode: int, letters: str) -> str:
         """One grid as lines of text: a letter for each channel, `.` where nothing stands."""

@@ -31,7 +31,7 @@ from marl.environments.draws import Streams, shuffled
 from marl.environments.grids import CATCH, NUM_CHANNELS, NUM_NEIGHBORS, STAY, Grids
 from marl.environments.hunting import NUM_CHOICES, Bools, Floats, Hunt, Worth, move_predators
 from marl.environments.predator_prey_settings import PredatorPreySettings
-from marl.environments.protocol import Clock, Observation, Outcome, Spec, checked_actions, checked_batch_size
+from marl.environments.protocol import Clock, Observation, Outcome, Spec, checked_actions, checked_batch_size, outcome
 
 NUM_ACTIONS = 6
 ONLY_STAY = np.arange(NUM_ACTIONS) == STAY
@@ -49,6 +49,8 @@ class PredatorPrey:
     >>> tuple(game.reset(seed=1).obs.shape)
     (3, 2, 75)
     >>> print(game.text(episode=2))
+    . . . S
+    . A . A
     """
 
     def __init__(self, settings: PredatorPreySettings, batch_size: int, *, seed: int = 0) -> None:
@@ -92,12 +94,7 @@ class PredatorPrey:
         taken = np.where(ended[:, None], STAY, checked_actions(actions, self._avail_actions, ended)).T
         reward = self._play(taken, ended)
         self._clock.tick(self._is_over())
-        return Outcome(
-            observation=self._observe(ended),
-            reward=torch.from_numpy(reward),
-            terminated=torch.from_numpy(self._clock.terminated),
-            truncated=torch.from_numpy(self._clock.truncated),
-        )
+        return outcome(self._observe(ended), reward, self._clock)
 
     def _play(self, taken: NDArray[np.int64], ended: Bools) -> Floats:
         """The reward (B,) of the actions (N, B)."""
@@ -110,8 +107,9 @@ class PredatorPrey:
         return hunt.run(taken == CATCH, self._adjacent, order, choices, resting=ended)
 
     def _is_over(self) -> Bools:
-        no_prey = ~self._grids.is_somewhere(self._prey).any(axis=0)
-        return no_prey | ~self._grids.is_somewhere(self._predators).any(axis=0)
+        here = self._grids.is_somewhere(self._positions)
+        predators, prey = np.split(here, [self.settings.num_agents])
+        return np.logical_not(np.logical_and(predators.any(axis=0), prey.any(axis=0)))
 
     def _observe(self, ended: Bools) -> Observation:
         """What can be seen, with no action but staying in episodes that ended before the last step."""

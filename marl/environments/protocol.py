@@ -128,9 +128,10 @@ def is_available(taken: NDArray[np.int64], available: NDArray[np.bool_]) -> NDAr
     num_actions = available.shape[2]
     exists = taken.view(np.uint64) < num_actions  # a negative number becomes a very large one
     entries = np.arange(0, available.size, num_actions).reshape(taken.shape) + taken
-    if exists.all():
-        return available.reshape(-1)[entries]
-    return available.reshape(-1)[np.where(exists, entries, 0)] & exists
+    if not exists.all():
+        entries = np.where(exists, entries, 0)
+    allowed: NDArray[np.bool_] = available.reshape(-1)[entries] & exists
+    return allowed
 
 
 class Clock:
@@ -156,20 +157,30 @@ class Clock:
 
     @property
     def time(self) -> int:
-        """Steps since the start; raises `ActionError` where there was none."""
-        if self._time is None:
-            raise ActionError("a step was asked for before the first reset; call reset() first")
-        return self._time
+        """Steps since the start."""
+        return self._time or 0
 
     @property
     def ended(self) -> NDArray[np.bool_]:
-        """(B,): whether each episode has ended."""
+        """(B,): whether each episode has ended; raises `ActionError` where none was begun."""
+        if self._time is None:
+            raise ActionError("a step was asked for before the first reset; call reset() first")
         return self.terminated | self.truncated
 
     def tick(self, is_over: NDArray[np.bool_]) -> None:
         """Counts a step, after which these episodes (B,) are over for other reasons than their length."""
-        self._time = self.time + 1
         going = ~self.ended
+        self._time = self.time + 1
         self.terminated = self.terminated | (is_over & going)
         if self._time >= self._episode_limit:
             self.truncated = ~self.terminated
+
+
+def outcome(observation: Observation, reward: NDArray[np.float32], clock: Clock) -> Outcome:
+    """What a step led to, from the reward (B,) and who has ended."""
+    return Outcome(
+        observation=observation,
+        reward=torch.from_numpy(reward),
+        terminated=torch.from_numpy(clock.terminated),
+        truncated=torch.from_numpy(clock.truncated),
+    )

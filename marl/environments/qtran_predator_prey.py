@@ -26,7 +26,7 @@ from torch import Tensor
 from marl.environments.checking import require_at_least, require_types_of_defaults
 from marl.environments.draws import Streams, Words, shuffled
 from marl.environments.grids import NUM_CHANNELS, STAY, Grids
-from marl.environments.protocol import Clock, Observation, Outcome, Spec, checked_actions, checked_batch_size
+from marl.environments.protocol import Clock, Observation, Outcome, Spec, checked_actions, checked_batch_size, outcome
 from marl.errors import SettingsError
 
 Numbers = NDArray[np.intp]
@@ -122,12 +122,7 @@ class QtranPredatorPrey:
         if not ended.any():  # all end at the time limit
             reward = self._play(taken.T)
         self._clock.tick(np.zeros(self.batch_size, dtype=np.bool_))
-        return Outcome(
-            observation=self._observe(ended),
-            reward=torch.from_numpy(reward),
-            terminated=torch.from_numpy(self._clock.terminated),
-            truncated=torch.from_numpy(self._clock.truncated),
-        )
+        return outcome(self._observe(ended), reward, self._clock)
 
     def _play(self, taken: NDArray[np.int64]) -> NDArray[np.float32]:
         """The reward (B,) of the predators' actions (N, B)."""

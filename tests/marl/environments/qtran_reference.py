@@ -1,29 +1,20 @@
-"""QTRAN's predator-prey as its rules say it, for one episode and in plain Python: nothing is shared with the package."""
+"""QTRAN's predator-prey as its rules say it, for one episode in plain Python; nothing is shared with the package."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from tests.marl.environments.reference import DIRECTIONS, Cell, Draw, neighbor, order_of
 
-
-class Settings(Protocol):
-    """What is read from the settings of the game."""
-
-    height: int
-    width: int
-    num_agents: int
-    num_prey: int
-    obs_radius: int
-    episode_limit: int
-    penalty: float
+if TYPE_CHECKING:
+    from marl.environments.qtran_predator_prey import QtranPredatorPreySettings
 
 
 class Game:
     """One episode; animals are numbered, predators first."""
 
-    def __init__(self, settings: Settings, draw: Draw) -> None:
+    def __init__(self, settings: QtranPredatorPreySettings, draw: Draw) -> None:
         self.settings, self.draw = settings, draw
         self.cells = [(row, column) for row in range(settings.height) for column in range(settings.width)]
         order = order_of(draw(len(self.cells)))
@@ -77,4 +68,8 @@ class Game:
         return [value for cell in self.cells for value in self.at(cell)[:2]]
 
     def at(self, cell: Cell) -> tuple[int, int, int]:
-        return int(cell in self.animals[: self.settings.num_agents]), int(cell in self.prey()), int(cell not in self.cells)
+        return (
+            int(cell in self.animals[: self.settings.num_agents]),
+            int(cell in self.prey()),
+            int(cell not in self.cells),
+        )

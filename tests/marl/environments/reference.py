@@ -7,32 +7,16 @@ order of some things is the order of their words, and a choice among some is a w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from marl.environments.predator_prey_settings import PredatorPreySettings
 
 Cell = tuple[int, int]
 Draw = Callable[[int], Sequence[int]]
 
 DIRECTIONS = {0: (0, 1), 1: (1, 0), 2: (0, -1), 3: (-1, 0)}  # right, down, left, up: (row, column)
 STAY, CATCH = 4, 5
-
-
-class Settings(Protocol):
-    """What is read from the settings of the game."""
-
-    height: int
-    width: int
-    num_agents: int
-    num_stags: int
-    num_hares: int
-    obs_radius: int
-    episode_limit: int
-    reward_stag: float
-    reward_hare: float
-    punishment: float
-    stag_catchers: int
-    hare_catchers: int
-    capture_freezes: bool
-    hunter_factor: float
 
 
 def stream(seed: int, lane: int, episode: int) -> Draw:
@@ -65,7 +49,7 @@ def order_of(words: Sequence[int]) -> list[int]:
 class Game:
     """One episode of predator-prey."""
 
-    def __init__(self, settings: Settings, hunters: Sequence[int], draw: Draw) -> None:
+    def __init__(self, settings: PredatorPreySettings, hunters: Sequence[int], draw: Draw) -> None:
         self.settings, self.hunters, self.draw = settings, set(hunters), draw
         cells = [(row, column) for row in range(settings.height) for column in range(settings.width)]
         places = [cells[index] for index in order_of(draw(len(cells)))]
