@@ -112,7 +112,8 @@ class Grids:
         """The first channels of the grids without their margins, (B, height * width * channels)."""
         shape = (self.batch_size, -1, self.stride, NUM_CHANNELS)
         inside = slice(self.margin, -self.margin)
-        return self.presence.reshape(shape)[:, inside, inside, :num_channels].reshape(self.batch_size, -1)
+        cells = self.presence.reshape(shape)[:, inside, inside, :num_channels]
+        return cells.copy().reshape(self.batch_size, -1)  # reshaping alone does not copy a single row of cells
 
     def walls_around(self) -> Bools:
         """Whether each cell of a grid has a wall to its right, below, to its left and above, (size, 4)."""

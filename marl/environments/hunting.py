@@ -114,7 +114,7 @@ class Hunt:
                 self._capture(order[turn][captured], captured.nonzero()[0])
             self._flee(entries, choices[turn], (count > 0) | resting)
         failures = count_over_first((found > 0) & (found < needed))
-        return self._reward + self._worth.punishment * failures
+        return self._reward + self._worth.punishment * failures.astype(np.float32)
 
     def _capture(self, prey: Numbers, lanes: Numbers) -> None:
         """Removes one prey in each of these episodes, and its catchers where captures freeze."""

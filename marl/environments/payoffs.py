@@ -83,6 +83,8 @@ def payoff_array(payoff: PayoffLike) -> NDArray[np.float32]:
         if payoff not in PAYOFFS:
             raise SettingsError(f"there is no payoff {payoff!r}; {suggestion(payoff, PAYOFFS)}")
         payoff = PAYOFFS[payoff].matrix
+    if isinstance(payoff, torch.Tensor):
+        payoff = payoff.numpy(force=True)
     try:
         array: NDArray[np.float32] = np.array(payoff, dtype=np.float32)
     except (TypeError, ValueError) as error:

@@ -45,7 +45,7 @@ class PredatorPreySettings:
     reward_hare: float = 1.0
     """For every captured hare."""
     punishment: float = -2.0
-    """Added once per step for every prey that some predators tried to catch, but too few."""
+    """Added once per step for every prey that some predators tried to catch, but too few; not positive."""
     stag_catchers: int = 2
     """Predators that have to catch a stag at once."""
     hare_catchers: int = 1
@@ -64,6 +64,8 @@ class PredatorPreySettings:
         require_at_least(self, 1, "height", "width", "num_agents", "episode_limit", "hunter_factor")
         require_at_least(self, 0, "num_stags", "num_hares", "obs_radius", "num_hunters")
         require_at_least(self, 1, "stag_catchers", "hare_catchers")
+        if self.punishment > 0:
+            raise SettingsError(f"punishment is {self.punishment}; it is added to the reward and must not be positive")
         animals, cells = self.num_agents + self.num_prey, self.height * self.width
         if animals > cells:
             raise SettingsError(f"{animals} animals do not fit into {cells} cells; enlarge the grid or take fewer")

@@ -42,7 +42,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Observation:
-    """What can be seen between two steps; the tensors are never written to again."""
+    """What can be seen between two steps. Neither the environment nor its user writes to these tensors."""
 
     obs: Tensor
     """(B, N, O): what each agent sees."""
@@ -85,6 +85,14 @@ class Environment(Protocol):
 
         Raises `ActionError` for the wrong shape, a type that is no integer, and for actions that are not available.
         """
+        ...
+
+
+class TextEnvironment(Environment, Protocol):
+    """An environment whose episodes people can look at; every one that `make_environment` knows."""
+
+    def text(self, episode: int = 0) -> str:
+        """What one episode looks like now, as lines of text."""
         ...
 
 
@@ -168,9 +176,12 @@ class Clock:
         return self.terminated | self.truncated
 
     def tick(self, is_over: NDArray[np.bool_]) -> None:
-        """Counts a step, after which these episodes (B,) are over for other reasons than their length."""
+        """Counts a step, after which these episodes (B,) are over for other reasons than their length.
+
+        Time stands still where all have ended.
+        """
         going = ~self.ended
-        self._time = self.time + 1
+        self._time = self.time + bool(going.any())
         self.terminated = self.terminated | (is_over & going)
         if self._time >= self._episode_limit:
             self.truncated = ~self.terminated
