@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from marl.environments.draws import Streams
-from marl.environments.payoffs import PayoffLike, payoff_array
+from marl.environments.payoffs import PayoffLike, stacked_payoffs
 from marl.environments.protocol import Clock, Observation, Outcome, Spec, checked_actions, checked_batch_size, outcome
 from marl.errors import SettingsError, suggestion
 
@@ -177,22 +177,6 @@ class TwoStepGame:
         seen = np.eye(self.spec.state_size, dtype=np.float32)[self._states] * ~ended[:, None]
         self._avail_actions = available_actions(self.payoffs.shape[1:], ended)
         return shown_to_all(seen, seen, self._avail_actions)
-
-
-def stacked_payoffs(payoffs: Sequence[PayoffLike]) -> NDArray[np.float32]:
-    """The payoffs (C, A_1, ..., A_N).
-
-    >>> stacked_payoffs(["qtran", "two_step_a"])
-    Traceback (most recent call last):
-    marl.errors.SettingsError: payoffs of one game need one shape; found (3, 3) and (2, 2)
-    """
-    arrays = [payoff_array(payoff) for payoff in payoffs]
-    shapes = dict.fromkeys(array.shape for array in arrays)
-    if not arrays:
-        raise SettingsError("a game needs at least one payoff; none was given")
-    if len(shapes) > 1:
-        raise SettingsError(f"payoffs of one game need one shape; found {' and '.join(map(str, shapes))}")
-    return np.stack(arrays)
 
 
 def checked_features(kind: Features) -> Features:

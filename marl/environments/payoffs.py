@@ -94,3 +94,19 @@ def payoff_array(payoff: PayoffLike) -> NDArray[np.float32]:
     if not np.isfinite(array).all():
         raise SettingsError("a payoff has to be finite; found infinite or undefined numbers")
     return array
+
+
+def stacked_payoffs(payoffs: Sequence[PayoffLike]) -> NDArray[np.float32]:
+    """The payoffs (C, A_1, ..., A_N).
+
+    >>> stacked_payoffs(["qtran", "two_step_a"])
+    Traceback (most recent call last):
+    marl.errors.SettingsError: payoffs of one game need one shape; found (3, 3) and (2, 2)
+    """
+    arrays = [payoff_array(payoff) for payoff in payoffs]
+    shapes = dict.fromkeys(array.shape for array in arrays)
+    if not arrays:
+        raise SettingsError("a game needs at least one payoff; none was given")
+    if len(shapes) > 1:
+        raise SettingsError(f"payoffs of one game need one shape; found {' and '.join(map(str, shapes))}")
+    return np.stack(arrays)

@@ -175,16 +175,15 @@ class Clock:
             raise ActionError("a step was asked for before the first reset; call reset() first")
         return self.terminated | self.truncated
 
-    def tick(self, is_over: NDArray[np.bool_]) -> None:
-        """Counts a step, after which these episodes (B,) are over for other reasons than their length.
+    def tick(self, is_over: NDArray[np.bool_], is_cut_off: NDArray[np.bool_] | bool = False) -> None:
+        """Counts a step, after which these episodes (B,) are over, and those cut off by another limit than the clock's.
 
         Time stands still where all have ended.
         """
         going = ~self.ended
         self._time = self.time + bool(going.any())
         self.terminated = self.terminated | (is_over & going)
-        if self._time >= self._episode_limit:
-            self.truncated = ~self.terminated
+        self.truncated = ~self.terminated & (self.truncated | is_cut_off | (self._time >= self._episode_limit))
 
 
 def outcome(observation: Observation, reward: NDArray[np.float32], clock: Clock) -> Outcome:
