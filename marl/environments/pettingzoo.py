@@ -31,6 +31,10 @@ class ForPettingZoo(ParallelEnv):  # type: ignore[misc]
     `action_space(agent).sample(mask)` draws an available action, others raise `ActionError`. Every agent gets the
     team's reward, and all leave together. `state()` is the state (S,), `render()` the text of the episode.
     Raises `SettingsError` for more than one parallel episode.
+
+    >>> from marl.environments import make_environment
+    >>> ForPettingZoo(make_environment("predator_prey", 1)).action_space("agent_7")
+    Discrete(6)
     """
 
     metadata = {"name": "marl_v0", "render_modes": ["ansi"], "is_parallelizable": True}  # noqa: RUF012

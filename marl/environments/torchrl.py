@@ -30,13 +30,17 @@ class TorchRLEnvironment:
     """An environment of TorchRL as one of ours.
 
     `env` has the batch size (B,), for example a `SerialEnv` of B workers or an environment vectorized over B, or none,
-    which makes one episode. Its actions are discrete. All agents of all groups are one team, in the order of the
-    names of the groups, with the same sizes. The team's reward is the mean (or sum) over the agents. The state is the root entry
-    "state"; without one, all observations side by side. An agent without any available action, such as a dead one,
-    has action 0. TorchRL does not say how long an episode can be, so `episode_limit` does. Raises `SettingsError` for
-    an environment that does not fit.
+    which makes one episode. Its actions are discrete. All agents of all groups are one team, in the order of the names
+    of the groups, with the same sizes. The team's reward is the mean (or sum) over the agents. The state is the root
+    entry "state"; without one, all observations side by side. An agent without any available action, such as a dead
+    one, has action 0. TorchRL does not say how long an episode can be, so `episode_limit` does. Raises `SettingsError`
+    for an environment that does not fit.
 
     What is vectorized may go on beyond the end of single episodes; nothing of that is seen.
+
+    >>> from torchrl.testing.mocking_classes import DiscreteActionVecMockEnv
+    >>> TorchRLEnvironment(DiscreteActionVecMockEnv(), episode_limit=100).spec.num_actions
+    7
     """
 
     def __init__(
@@ -158,6 +162,10 @@ class ForTorchRL(EnvBase):  # type: ignore[misc]
     "state", "reward", "terminated", "truncated" and "done", each (B, 1). The action's spec is masked as the agents are,
     so that random actions are available ones. All episodes begin together, so a reset of some of them is refused
     (`SettingsError`): roll out with `break_when_all_done=True`.
+
+    >>> from marl.environments import make_environment
+    >>> tuple(ForTorchRL(make_environment("predator_prey", 4)).reset()["agents", "observation"].shape)
+    (4, 8, 75)
     """
 
     def __init__(self, environment: Environment) -> None:

@@ -49,7 +49,7 @@ class Group:
 
 
 def read_groups(env: EnvBase, obs_key: str) -> list[Group]:
-    """The groups of an environment, in the order of their names; raises `SettingsError` where they make no team of ours."""
+    """The groups of an environment, in the order of their names; raises `SettingsError` where they are no team."""
     groups = [read_group(env, as_tuple(key), obs_key) for key in env.action_keys]
     observations = env.full_observation_spec
     sizes = {
