@@ -8,6 +8,8 @@ a few operations on whole arrays compute for all episodes at once.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,16 +43,21 @@ class Streams:
 
     def draw(self, count: int) -> Words:
         """The next words of every stream, (B, count)."""
-        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(STRIDE)
-        words = scramble(self._position[:, None] + steps)
+        words = scramble(self._position[:, None] + multiples(count))
         self._position = self._position + np.uint64(count * STRIDE & MASK)
         return words
+
+
+@cache
+def multiples(count: int) -> Words:
+    """The first multiples of the constant, modulo 2^64."""
+    return np.arange(1, count + 1, dtype=np.uint64) * np.uint64(STRIDE)
 
 
 def lane_keys(batch_size: int, seed: int) -> Words:
     """What the streams of a seed, taken modulo 2^64, begin from: one word for each place in the batch."""
     root = scramble(np.array([seed & MASK], dtype=np.uint64))
-    return scramble(root + np.arange(1, batch_size + 1, dtype=np.uint64) * np.uint64(STRIDE))
+    return scramble(root + multiples(batch_size))
 
 
 def scramble(words: Words) -> Words:

@@ -42,6 +42,7 @@ class Grids:
         self.nowhere = self.lanes * self.size
         self.deltas = np.array([1, self.stride, -1, -self.stride, 0, 0], dtype=np.intp)
         self.neighbors = self.deltas[:NUM_NEIGHBORS, None]
+        self._window_rows = (np.arange(2 * radius + 1) * self.stride - radius * (self.stride + 1)) * NUM_CHANNELS
         self.clear()
 
     def clear(self, shown_walls: int | None = None) -> None:
@@ -97,12 +98,10 @@ class Grids:
         A row of a window is adjacent in memory. As one item of as many bytes it is copied at once, which takes a third
         of the time of gathering its bytes.
         """
-        rows = 2 * self.radius + 1
-        length = rows * NUM_CHANNELS
+        length = len(self._window_rows) * NUM_CHANNELS
         every_row = np.ndarray((self.presence.size - length + 1,), f"V{length}", self.presence, strides=(1,))
-        offsets = np.arange(rows) * self.stride - self.radius * (self.stride + 1)
-        starts = (np.ascontiguousarray(centers.T)[..., None] + offsets) * NUM_CHANNELS
-        seen: Bytes = every_row[starts].view(np.uint8).reshape(self.batch_size, len(centers), rows * length)
+        starts = np.ascontiguousarray(centers.T * NUM_CHANNELS)[..., None] + self._window_rows
+        seen: Bytes = every_row[starts].view(np.uint8).reshape(self.batch_size, len(centers), -1)
         here = self.is_somewhere(centers)
         if not here.all():
             seen[~here.T] = 0

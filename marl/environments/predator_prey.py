@@ -107,9 +107,9 @@ class PredatorPrey:
         return hunt.run(taken == CATCH, self._adjacent, order, choices, resting=ended)
 
     def _is_over(self) -> Bools:
-        here = self._grids.is_somewhere(self._positions)
-        predators, prey = np.split(here, [self.settings.num_agents])
-        return np.logical_not(np.logical_and(predators.any(axis=0), prey.any(axis=0)))
+        no_predator = (self._predators == self._grids.nowhere).all(axis=0)
+        over: Bools = no_predator | (self._prey == self._grids.nowhere).all(axis=0)
+        return over
 
     def _observe(self, ended: Bools) -> Observation:
         """What can be seen, with no action but staying in episodes that ended before the last step."""
