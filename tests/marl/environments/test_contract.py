@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from marl.environments import ENVIRONMENTS, Environment, Observation, Outcome, make_environment
+from marl.environments.protocol import Clock
 from marl.errors import ActionError, SettingsError
 from tests.marl.environments.playing import uniform_actions
 
@@ -173,6 +175,17 @@ def test_a_step_before_the_first_reset_is_refused(name: str, options: dict[str, 
     environment = make_environment(name, 2, **options)
     with pytest.raises(ActionError, match=r"before the first reset; call reset\(\)"):
         environment.step(torch.zeros(2, environment.spec.num_agents, dtype=torch.long))
+
+
+def test_how_an_episode_ended_does_not_change_afterwards() -> None:
+    nothing, all_of_them = np.zeros(2, dtype=np.bool_), np.ones(2, dtype=np.bool_)
+    clock = Clock(batch_size=2, episode_limit=5)
+    clock.start()
+    clock.tick(np.array([True, False]), is_cut_off=np.array([False, True]))
+    for is_over, is_cut_off in ((all_of_them, nothing), (nothing, all_of_them), (nothing, nothing)):
+        clock.tick(is_over, is_cut_off)
+        assert clock.terminated.tolist() == [True, False]
+        assert clock.truncated.tolist() == [False, True]
 
 
 @every_environment

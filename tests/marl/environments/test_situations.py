@@ -67,6 +67,11 @@ def test_a_hunter_makes_a_hare_worth_more_but_not_a_stag() -> None:
     assert all_do("A S A", CATCH, **rules | {"num_hunters": 2}) == [(10.0, ". . .", True)]
 
 
+def test_a_removed_hunter_has_no_part_in_the_next_capture() -> None:
+    """Of two hares in turn: 5 with the hunter and 1 without; or, where both catch the first hare, only that one."""
+    assert {reward for reward, _, _ in all_do("H A H A", CATCH, num_hunters=1)} == {5.0, 6.0}
+
+
 def test_prey_moves_to_a_free_neighboring_cell_and_stays_where_there_is_none() -> None:
     assert all_do("A . S . .", STAY) == [(0.0, "A . . S .", False), (0.0, "A S . . .", False)]
     assert all_do("A S", STAY) == [(0.0, "A S", False)]

@@ -24,10 +24,10 @@ from tests.marl.environments.test_contract import CASES, played, same, tensors
 every_environment = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value)[:40])
 
 
-def spread() -> EnvBase:
+def spread(max_cycles: int = 5) -> EnvBase:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its version is newer than the one that TorchRL was tested with
-        env = simple_spread_v3.parallel_env(N=3, continuous_actions=False, max_cycles=5)
+        env = simple_spread_v3.parallel_env(N=3, continuous_actions=False, max_cycles=max_cycles)
         return PettingZooWrapper(env, return_state=True, use_mask=False)
 
 
@@ -119,7 +119,7 @@ class TwoGroups(EnvBase):  # type: ignore[misc]
         crawlers = tensordict["crawlers", "action"].long().argmax(dim=-1)
         shown = self.shown()
         shown["crawlers", "reward"] = crawlers.float()[..., None]
-        shown["flyers", "reward"] = 10.0 * tensordict["flyers", "action"].float()[..., None]
+        shown["flyers", "reward"] = 3 + 10.0 * tensordict["flyers", "action"].float()[..., None]
         over = self.count >= torch.arange(len(self.count)) + 2
         for group, size in (("crawlers", 2), ("flyers", 1)):
             flags = over[:, None, None].expand(-1, size, 1)
@@ -139,6 +139,33 @@ class TwoGroups(EnvBase):  # type: ignore[misc]
         pass
 
 
+class Together(TwoGroups):
+    """The episodes end by flags at the root, where their agents are not done; the state is written in place."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        observation, done = self.observation_spec.clone(), self.done_spec.clone()
+        observation["state"] = Unbounded((batch_size, 1))
+        for name in ("done", "terminated", "truncated"):
+            done[name] = Categorical(2, shape=(batch_size, 1), dtype=torch.bool)
+        self.observation_spec, self.done_spec = observation, done
+        self.buffer = torch.zeros(batch_size, 1)
+
+    def _step(self, tensordict: Any) -> Any:
+        shown = super()._step(tensordict)
+        over = shown["flyers", "done"][:, 0]
+        for group in ("crawlers", "flyers"):
+            for name in ("done", "terminated"):
+                shown[group, name] = torch.zeros_like(shown[group, name])
+        is_first = torch.arange(len(over))[:, None] == 0
+        shown.update({"done": over, "terminated": over & is_first, "truncated": over & ~is_first})
+        return shown
+
+    def shown(self) -> Any:
+        self.buffer[:, 0] = self.count
+        return super().shown().set("state", self.buffer)
+
+
 def grouped(**groups: dict[str, Any]) -> Any:
     """The specification of entries that begin with (B, agents)."""
     nested = {
@@ -155,7 +182,7 @@ def test_groups_become_one_team() -> None:
     assert observation.state[0].tolist() == [0.0, 0.0, 0.0, 0.0, 0.5, 0.5]
     assert observation.avail_actions[0].tolist() == [[True] * 3, [True, True, False], [True] * 3]
     outcome = environment.step(torch.tensor([[2, 1, 2]] * 3))
-    assert outcome.reward.tolist() == pytest.approx([23 / 3] * 3)
+    assert outcome.reward.tolist() == pytest.approx([26 / 3] * 3)
     # an agent that TorchRL leaves without any action can take action 0
     assert outcome.observation.avail_actions[0].tolist() == [[True, False, False], [True, True, False], [True] * 3]
 
@@ -167,7 +194,7 @@ def test_episodes_that_end_apart_stay_as_they_are() -> None:
     assert outcomes[-1].terminated.tolist() == [True, False, False]
     assert outcomes[-1].observation.avail_actions[0, 2].all()  # its own, in the observation that it ends with
     third = environment.step(torch.tensor([[99, 99, 99], [0, 1, 2], [0, 1, 2]]))
-    assert third.reward.tolist() == pytest.approx([0.0, 7.0, 7.0])
+    assert third.reward.tolist() == pytest.approx([0.0, 8.0, 8.0])
     assert third.terminated.tolist() == [True, True, False]
     assert third.observation.obs[:, 0, 0].tolist() == [2.0, 3.0, 3.0]
     assert third.observation.state[:, 0].tolist() == [2.0, 3.0, 3.0]
@@ -175,6 +202,30 @@ def test_episodes_that_end_apart_stay_as_they_are() -> None:
     fourth = environment.step(torch.zeros(3, 3, dtype=torch.long))
     assert fourth.terminated.tolist() == [True, True, True]  # the last one ends just at the limit
     assert not fourth.truncated.any()
+
+
+def test_flags_at_the_root_say_how_episodes_end() -> None:
+    environment = TorchRLEnvironment(Together(2), episode_limit=9)
+    environment.reset()
+    outcomes = [environment.step(torch.zeros(2, 3, dtype=torch.long)) for _ in range(4)]
+    assert [each.terminated.tolist() for each in outcomes] == [[False, False], *[[True, False]] * 3]
+    assert [each.truncated.tolist() for each in outcomes] == [[False, False], [False, False], *[[False, True]] * 2]
+
+
+def test_what_torchrl_writes_in_place_is_copied() -> None:
+    environment = TorchRLEnvironment(Together(2), episode_limit=9)
+    states = [environment.reset().state]
+    states += [environment.step(torch.zeros(2, 3, dtype=torch.long)).observation.state for _ in range(3)]
+    assert [state[:, 0].tolist() for state in states] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [2.0, 3.0]]
+
+
+def test_workers_whose_episode_has_ended_are_not_stepped() -> None:
+    environment = TorchRLEnvironment(SerialEnv(2, [lambda: spread(2), lambda: spread(4)]), episode_limit=9)
+    assert_keeps_the_contract(environment)
+    environment.reset()
+    outcomes = [environment.step(torch.zeros(2, 3, dtype=torch.long)) for _ in range(5)]
+    assert [each.truncated.tolist() for each in outcomes] == [[False] * 2, *[[True, False]] * 2, *[[True, True]] * 2]
+    assert [bool(each.reward[0]) for each in outcomes] == [True, True, False, False, False]
 
 
 def test_the_limit_cuts_off() -> None:
