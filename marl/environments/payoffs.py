@@ -31,8 +31,11 @@ class Payoff:
     """The paper it comes from."""
 
 
+DYNAMICS = "The dynamics of reinforcement learning in cooperative multiagent systems, AAAI 1998"
+
+
 def _penalty(penalty: float) -> Payoff:
-    return Payoff(((penalty, 0, 10), (0, 2, 0), (10, 0, penalty)), "Claus and Boutilier 1998, the penalty game")
+    return Payoff(((penalty, 0, 10), (0, 2, 0), (10, 0, penalty)), f"{DYNAMICS}, the penalty game")
 
 
 def _qrelation(consolation: float) -> Payoff:
@@ -54,8 +57,10 @@ PAYOFFS = {
     "qrelation_7.99": _qrelation(7.99),
     "qrelation_7.999": _qrelation(7.999),
     "qrelation_9": _qrelation(9),
-    "climbing": Payoff(((11, -30, 0), (-30, 7, 0), (0, 6, 5)), "Claus and Boutilier 1998, as in matrix-games"),
-    "climbing_1998": Payoff(((11, -30, 0), (-30, 7, 6), (0, 0, 5)), "Claus and Boutilier 1998, the climbing game"),
+    "climbing": Payoff(
+        ((11, -30, 0), (-30, 7, 0), (0, 6, 5)), f"{DYNAMICS}, the climbing game as in the collection matrix-games"
+    ),
+    "climbing_1998": Payoff(((11, -30, 0), (-30, 7, 6), (0, 0, 5)), f"{DYNAMICS}, the climbing game"),
     "penalty_0": _penalty(0),
     "penalty_25": _penalty(-25),
     "penalty_50": _penalty(-50),
