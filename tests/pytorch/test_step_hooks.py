@@ -428,3 +428,17 @@ def test_a_hook_that_raised_does_not_forbid_operations_in_later_steps() -> None:
             kept = error
     assert kept.__traceback__ is not None
     assert operate(model, optimizer, "0", 1).operated == {"0": (1,)}
+
+
+@pytest.mark.situation("Precision", "SGD fused, a step skipped for an overflow", "works")
+def test_a_step_that_a_fused_optimizer_skips_for_an_overflow_ages_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(4, 3))
+    optimizer = SGD([parameter], lr=0.1, momentum=0.9, fused=True)
+    run(owners.start_clocks([optimizer], parameter))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor, expected in ((1.0, 1), (torch.inf, 1), (1.0, 2)):
+        optimizer.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert owners.age_clock([optimizer], parameter) == expected
