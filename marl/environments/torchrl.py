@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from marl.environments.protocol import Clock, Environment, Observation, Outcome, Spec, checked_actions, outcome
-from marl.environments.torchrl_groups import Group, Key, as_tuple, read_groups
+from marl.environments.torchrl_groups import TEAM_REWARDS, Group, Key, as_tuple, read_groups, refuse_settings
 from marl.errors import MissingExtraError, SettingsError
 
 try:
@@ -22,8 +22,6 @@ try:
     from torchrl.envs import EnvBase
 except ImportError as error:
     raise MissingExtraError.of("torchrl") from error
-
-TEAM_REWARDS = {"mean": torch.mean, "sum": torch.sum}
 
 
 class TorchRLEnvironment:
@@ -51,12 +49,7 @@ class TorchRLEnvironment:
         team_reward: Literal["mean", "sum"] = "mean",
         obs_key: str = "observation",
     ) -> None:
-        if len(env.batch_size) > 1:
-            raise SettingsError(f"one batch dimension is needed; found batch size {tuple(env.batch_size)}")
-        if team_reward not in TEAM_REWARDS:
-            raise SettingsError(f"there is no team reward {team_reward!r}; known are 'mean', 'sum'")
-        if episode_limit < 1:
-            raise SettingsError(f"an episode limit of {episode_limit} leaves no step; give at least 1")
+        refuse_settings(env, episode_limit, team_reward)
         self._env, self._team_reward = env, TEAM_REWARDS[team_reward]
         self.batch_size = env.batch_size.numel()
         self._groups = read_groups(env, obs_key)

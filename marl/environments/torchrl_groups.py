@@ -22,6 +22,7 @@ except ImportError as error:
 
 Key = tuple[str, ...]
 MASK = "action_mask"
+TEAM_REWARDS = {"mean": torch.mean, "sum": torch.sum}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class Group:
         if isinstance(spec, OneHot):
             actions = torch.nn.functional.one_hot(actions, self.num_actions)
         return actions.reshape(spec.shape).to(spec.dtype)
+
+
+def refuse_settings(env: EnvBase, episode_limit: int, team_reward: str) -> None:
+    """Raises `SettingsError` for more than one batch dimension, no step at all, or an unknown team reward."""
+    if len(env.batch_size) > 1:
+        raise SettingsError(f"one batch dimension is needed; found batch size {tuple(env.batch_size)}")
+    if team_reward not in TEAM_REWARDS:
+        raise SettingsError(f"there is no team reward {team_reward!r}; known are 'mean', 'sum'")
+    if episode_limit < 1:
+        raise SettingsError(f"an episode limit of {episode_limit} leaves no step; give at least 1")
 
 
 def read_groups(env: EnvBase, obs_key: str) -> list[Group]:

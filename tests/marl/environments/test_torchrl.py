@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import importlib
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,8 +309,6 @@ def test_beginning_some_episodes_anew_is_refused() -> None:
 
 @pytest.mark.parametrize(("package", "module"), [("torchrl", "torchrl"), ("pettingzoo", "pettingzoo")])
 def test_a_missing_package_is_named_with_its_extra(package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
     for name in [
         name for name in sys.modules if name.split(".")[0] == package or name.startswith("marl.environments.torchrl")
     ]:
@@ -318,3 +319,12 @@ def test_a_missing_package_is_named_with_its_extra(package: str, module: str, mo
         ImportError, match=rf"{package} is not installed; install .* `pip install 'neuronsurgery\[marl\]'`"
     ):
         importlib.import_module(f"marl.environments.{module}")
+
+
+def test_the_environments_load_neither_torchrl_nor_pettingzoo() -> None:
+    code = (
+        "import sys, marl.environments; print({'torchrl', 'tensordict', 'pettingzoo', 'gymnasium'} & set(sys.modules))"
+    )
+    root = Path(__file__).parents[3]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    assert run.stdout.strip() == "set()"
