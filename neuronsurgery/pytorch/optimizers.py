@@ -10,21 +10,23 @@ belongs to all rows and is never touched. Three things are done:
 - `start_clocks` counts the steps of optimizers that do not (`step_hooks`), so that operated units have an age.
 
 Everything else (parameter groups, state keys, the tensors themselves, all other elements) stays as it is.
-The hooks live on the optimizer, and neither a copy nor a pickle of it has them: `births` and `start_clocks` install
+The hooks live on the optimizer, and neither a copy nor a pickle of it has them: `start_clocks` and `resume` install
 them again. Where they have yet to be installed, an operation inside a hook of the step is refused (`step_hooks`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, register
 from neuronsurgery.pytorch.fresh_state import Group, Refresh, fresh_rows, is_shared, refuse_coupled
-from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, install
+from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, SetClock, install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
@@ -37,6 +39,7 @@ __all__ = [
     "current_step",
     "notes",
     "refresh",
+    "resume",
     "start_clocks",
     "unowned",
     "young_rows",
@@ -97,9 +100,10 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
     """Return what the ages of a parameter's rows are counted by, in steps: its owner's count, else that of a clock.
 
     None when nothing counts: no optimizer owns the parameter, or its owner's clock has not been started. A clock
-    starts at 0 with the first operation and is not saved: after a resume it starts anew with the next one, so the
-    births of earlier operations may lie ahead of it. Units born ahead of the clock have no known age. (Once it has
-    caught up with such a birth the unit is taken for young again, and passed over for one more cooldown.)
+    starts at 0 with the first operation, or where `start_clocks` says; the optimizer does not save it. Where it starts
+    anew after a resume, the births of earlier operations may lie ahead of it. Units born ahead of the clock have no
+    known age. (Once it has caught up with such a birth the unit is taken for young again, and passed over for one
+    more cooldown.)
 
     >>> import torch
     >>> layer = nn.Linear(2, 3)
@@ -117,7 +121,8 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
     if counting is not None:
         return _step(counting, parameter)
     # Of several clocks the one ahead, so that starting another one later takes nothing back.
-    return max((CLOCKS[optimizer].num_steps for optimizer in owners if optimizer in CLOCKS), default=None)
+    clocks = (CLOCKS[optimizer].num_steps.get(parameter) for optimizer in owners if optimizer in CLOCKS)
+    return max((count for count in clocks if count is not None), default=None)
 
 
 def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int | None:
@@ -129,14 +134,21 @@ def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int 
     return 0 if now is None and any(_owners(optimizers, parameter)) else now
 
 
-def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Change]:
-    """Plan the changes that let the steps of a parameter's optimizers be counted, where nothing counts them yet.
+def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, at: int = 0) -> list[Change]:
+    """Plan the changes that let the steps of a parameter's optimizers be counted, where they count none themselves.
 
-    Raises `OptimizerError` between the hooks of a step, where torch lets none be added, before anything changes.
+    `at`: what the parameter's clock shows then: 0 starts one where none runs; above 0, after a resume, also one that
+    runs is set. Raises `OptimizerError` between the hooks of a step, where torch lets none be added, before anything
+    changes.
     """
-    if age_clock(optimizers, parameter) is not None:
+    owners = [optimizer for optimizer, _ in _owners(optimizers, parameter)]
+    is_running = age_clock(optimizers, parameter) is not None
+    if any(_counts(optimizer, parameter) for optimizer in owners) or (is_running and not at):
         return []
-    return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, Clock)]
+    changes: list[Change] = []
+    for optimizer in owners:
+        changes += [*install(optimizer, CLOCKS, Clock), SetClock(optimizer, parameter, at)]
+    return changes
 
 
 def refresh(
@@ -167,8 +179,7 @@ def refresh(
         if family is None:
             refuse_coupled(optimizer, group, parameter, axes)
         changes.append(Refresh(optimizer, group, parameter, rows, axes))
-        if family is not None and family.first_step and group.get("dampening"):
-            changes += register(optimizer, parameter, rows, [1] * rows.numel(), axes)
+        changes += _first_steps(optimizer, group, parameter, rows, axes)
     return changes
 
 
@@ -187,6 +198,12 @@ def births(
     owner's step wait for a state to be loaded; the next step forgets them. Raises `OptimizerError` as
     `start_clocks` does, and where the parameter has young rows under other axes.
     """
+    return _entered(optimizers, parameter, rows, steps, axes)
+
+
+def _entered(
+    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, steps: Sequence[int], axes: UnitAxes
+) -> list[Change]:
     now = current_step(optimizers, parameter)
     changes: list[Change] = []
     for optimizer, _ in _owners(optimizers, parameter):
@@ -196,6 +213,30 @@ def births(
         own = [born - now + step for born in steps]
         if any(born > 0 for born in own) or parameter in young_rows(optimizer):
             changes += register(optimizer, parameter, rows, own, axes)
+    return changes
+
+
+def resume(
+    optimizers: Sequence[Optimizer],
+    parameter: nn.Parameter,
+    rows: Tensor,
+    births: Sequence[int],
+    axes: UnitAxes = ROWS,
+) -> list[Change]:
+    """Plan the changes that register rows again after their optimizers' state was loaded, as if nothing had been lost.
+
+    `rows`: (r,) int64, units under `axes`; `births`: r values as `birth_step` gave them at surgery, -1 where it gave
+    None. To come after `start_clocks`, whose count says which rows have made no step yet. Raises as `births` does.
+    """
+    known = [place for place, born in enumerate(births) if born >= 0]
+    rows, born = rows[torch.tensor(known, dtype=torch.int64, device=rows.device)], [births[place] for place in known]
+    changes = _entered(optimizers, parameter, rows, born, axes) if known else []
+    now = age_clock(optimizers, parameter)
+    unborn = [place for place, step in enumerate(born) if step == now]
+    if unborn:
+        first = rows[torch.tensor(unborn, device=rows.device)]
+        for optimizer, group in _owners(optimizers, parameter):
+            changes += _first_steps(optimizer, group, parameter, first, axes)
     return changes
 
 
@@ -224,6 +265,20 @@ def young_rows(optimizer: Optimizer) -> dict[nn.Parameter, dict[int, int]]:
         }
         for parameter, one in young.items()
     }
+
+
+def _first_steps(
+    optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes
+) -> list[Change]:
+    """Plan the changes that register rows before their first step, where only the first update needs correcting."""
+    family, state = family_of(optimizer), optimizer.state.get(parameter, {})
+    if family is None or not family.first_step or not group.get("dampening") or not _has_tensors(state):
+        return []
+    return register(optimizer, parameter, rows, [1] * rows.numel(), axes)
+
+
+def _has_tensors(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(entry, Tensor) for entry in state.values())
 
 
 # -- who owns what ---------------------------------------------------------------------------------------------------
