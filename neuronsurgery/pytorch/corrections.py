@@ -18,18 +18,20 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.fresh_state import Group, own_step
+from neuronsurgery.pytorch import replaying
+from neuronsurgery.pytorch.fresh_state import own_step
+from neuronsurgery.pytorch.shared_entries import Group, count_of
 from neuronsurgery.pytorch.step_hooks import install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+from neuronsurgery.pytorch.young import Young
 
-__all__ = ["CORRECTIONS", "Corrections", "Family", "Young", "family_of", "register"]
+__all__ = ["CORRECTIONS", "Corrections", "Family", "family_of", "register"]
 
 
 @dataclass(frozen=True)
@@ -51,66 +53,6 @@ def family_of(optimizer: Optimizer) -> Family | None:
     cls = type(optimizer)
     known = next((ancestor for ancestor in cls.__mro__ if ancestor in _FAMILIES), None)
     return _FAMILIES[known] if known is not None and own_step(cls) is own_step(known) else None
-
-
-@dataclass
-class Young:
-    """The young rows of one parameter, on its device; `weights` and `step` are as they were before the step.
-
-    `rows`: (r,) int64, ascending, units under `axes`; `index`: the same as `axes.index` has it; `births`: (r,) float,
-    NaN for a row to be forgotten, none after `latest`; `host_births`: the same as numbers of the host, just one where
-    all rows have the same; `shape`: (r,), or what `axes.unit_shape` says where these are all rows of the parameter
-    (`is_all`), so that they are seen in place; `weights`: (*shape, *row_shape); `step`: 0-d when on the device.
-    """
-
-    rows: Tensor
-    axes: UnitAxes
-    index: tuple[Tensor, ...]
-    births: Tensor
-    latest: float
-    host_births: float | NDArray[np.float64]
-    is_all: bool
-    shape: tuple[int, ...]
-    weights: Tensor | None = None
-    step: float | Tensor | None = None
-
-    @staticmethod
-    def of(parameter: Tensor, rows: Tensor, births: Tensor, latest: float, axes: UnitAxes) -> Young:
-        """Those that are young, born after 0 and not forgotten; it waits for the device."""
-        is_young = births > 0
-        rows, order = rows[is_young].sort()
-        births = births[is_young][order]
-        on_host = births.cpu().numpy().astype(np.float64)
-        is_common = len(on_host) > 0 and bool((on_host == on_host[0]).all())
-        host_births = float(on_host[0]) if is_common else on_host
-        is_all = len(rows) == axes.num_units(parameter.shape)
-        shape = axes.unit_shape(parameter.shape) if is_all else (len(rows),)
-        return Young(rows, axes, axes.index(parameter.shape, rows), births, latest, host_births, is_all, shape)
-
-    def staying(self, parameter: Tensor, stays: Tensor, latest: float) -> Young:
-        """Those of the rows for which `stays`, (r,) bool, says so."""
-        return Young.of(parameter, self.rows[stays], self.births[stays], latest, self.axes)
-
-    def select(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor of the parameter's shape, (*shape, *row_shape), to be read only and under `no_grad`."""
-        view = self.axes.view(tensor)
-        if self.is_all:
-            return view
-        return view.index_select(0, self.rows) if len(self.index) == 1 else view[self.index]
-
-    def write(self, tensor: Tensor, values: Tensor) -> None:
-        """Overwrite the rows of such a tensor."""
-        view = self.axes.view(tensor)
-        if self.is_all:
-            view.copy_(values)
-        elif len(self.index) == 1:
-            view.index_copy_(0, self.rows, values.to(tensor))
-        else:
-            view.index_put_(self.index, values.to(tensor))
-
-    def over(self, column: Tensor, like: Tensor) -> Tensor:
-        """Shape one value per row, (r,), to apply to all of `like`, (*shape, ...)."""
-        return column.view(*self.shape, *[1] * (like.dim() - len(self.shape)))
 
 
 # -- step hooks ------------------------------------------------------------------------------------------------------
@@ -137,45 +79,88 @@ class Corrections:
         yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self.due = []
         if not self.young:
-            return
-        family = family_of(optimizer)
-        self.due = list(self._owned(optimizer))
-        self.young = {parameter: self.young[parameter] for parameter, _ in self.due}
-        for parameter, young in self.young.items():
-            step = _count(optimizer.state.get(parameter, {}).get("step", 0.0), young.births)
-            if family is not None and family.ages and isinstance(step, float) and young.latest > step:
-                # Later births belong to a state that was replaced.
-                young = self.young[parameter] = young.staying(parameter, young.births <= step, step)
-            rows = young.select(parameter)
-            young.weights = rows.clone() if young.is_all else rows
-            young.step = step
+            return None
+        family, young_now = family_of(optimizer), {}
+        for parameter, group in self._owned(optimizer):
+            young = _young_now(optimizer, parameter, group, self.young[parameter])
+            if young is None:
+                continue
+            young_now[parameter] = young
+            self.due.append((parameter, group))
+            if family is None:
+                replaying.remember(optimizer, parameter, young)
+            else:
+                rows = young.select(parameter)
+                young.weights = rows.clone() if young.is_all else rows
+        self.young = young_now
+        return _watching_closure(young_now, args, kwargs) if family is None else None
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         due, self.due = self.due, []
         family = family_of(optimizer) if due else None
-        if family is None or family.correct is None:
-            return
+        correct = replaying.replay if family is None else family.correct
         self.num_steps += 1
         sweep = self.num_steps % self.SWEEP_EVERY == 0
         for parameter, group in due:
             young = self.young.get(parameter)
-            if young is None or young.weights is None:
+            if young is None or young.weights is None or correct is None:
                 continue  # no snapshot: overwritten during this step, by another hook, so the step was not theirs
-            remaining = family.correct(optimizer, parameter, group, young, sweep)
+            remaining = correct(optimizer, parameter, group, young, sweep)
             if remaining is None:
                 del self.young[parameter]
             else:
                 self.young[parameter] = remaining
-                remaining.weights = remaining.step = None
+                remaining.forget_step()
 
     def _owned(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Group]]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in self.young:
                     yield parameter, group
+
+
+def _young_now(optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Young) -> Young | None:
+    """Return the rows that are still young before a step, with the count of steps in `step`; None when none are.
+
+    A function of births, count and settings, wherever the host knows the count; see `_is_due` for where it does not.
+    """
+    family = family_of(optimizer)
+    if family is None:
+        step: float | Tensor | None = count_of(optimizer, parameter, group)
+    else:
+        step = _count(optimizer.state.get(parameter, {}).get("step", 0.0), young.births)
+    if (family is None or family.ages) and isinstance(step, float):
+        if young.latest > step:  # later births belong to a state that was replaced
+            young = young.staying(parameter, young.births <= step, step)
+        if family is None:
+            still = replaying.without_grown_up(optimizer, parameter, group, young, step)
+        else:
+            still = _without_grown_up(parameter, young, group, step)
+        if still is None:
+            return None
+        young = still
+    young.step = step
+    return young
+
+
+def _watching_closure(young: dict[nn.Parameter, Young], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Let a closure that computes gradients leave those of the young rows; some classes write into theirs."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
+
+    def watched() -> Any:
+        loss = closure()
+        for parameter, one in young.items():
+            if one.weights is not None and parameter.grad is not None:
+                one.gradient = one.axes.take(parameter.grad, one.rows)
+        return loss
+
+    return (args, {**kwargs, "closure": watched}) if "closure" in kwargs else ((args[0], watched, *args[2:]), kwargs)
 
 
 CORRECTIONS: WeakKeyDictionary[Optimizer, Corrections] = WeakKeyDictionary()
@@ -284,7 +269,7 @@ def _correct_bias(
     if "step" not in state:
         return young
     step = _count(state["step"], young.births)
-    is_due = _is_due(young, step)
+    is_due = _is_due(young, step, group)
     if is_due is not False:
         square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         is_decoupled = group.get("decoupled_weight_decay", is_decoupled)
@@ -292,20 +277,22 @@ def _correct_bias(
         if isinstance(is_due, Tensor):
             moved = torch.where(young.over(is_due, moved), moved.to(parameter), young.select(parameter))
         young.write(parameter, moved)
-    return _still_young(parameter, young, group, step) if sweep else young
+    return _still_young(parameter, young, group, step) if sweep and isinstance(step, Tensor) else young
 
 
-def _is_due(young: Young, step: float | Tensor) -> bool | Tensor:
-    """Whether the step counted; on the device for each row, (r,), and not for those born after the step before.
+def _is_due(young: Young, step: float | Tensor, group: Group) -> bool | Tensor:
+    """Whether the step counted; on the device for each row, (r,), and not for those that have grown up.
 
-    Those belong to a state that was replaced: their births become NaN, so that they never fall due.
+    Nor for those born after the step before: they belong to a state that was replaced, and their births become NaN,
+    so that they never fall due.
     """
     assert young.step is not None, "the step hooks come in pairs"
     counted = step - young.step == 1
     if isinstance(counted, bool):
         return counted
     young.births.masked_fill_(young.births > young.step, torch.nan)
-    return (step - young.births >= 1) & counted
+    ages = step - young.births
+    return (ages >= 1) & (ages < _grown_up_at(group, young)) & counted
 
 
 def _adam_update(
@@ -350,18 +337,31 @@ def _rate_and_eps(group: Group, young: Young, step: float | Tensor) -> tuple[Any
     return rate, eps
 
 
-def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: float | Tensor) -> Young | None:
-    """Return the rows whose corrections still differ from their parameter's; None when there are none."""
-    tolerance = 1e-15 if young.births.dtype is torch.float64 else 1e-7
-    ages, full_ages = step - young.births, step - torch.zeros_like(young.births)
-    betas = [_on(beta, young.births) for beta in group["betas"]]
-    differ = torch.stack([1 - _bias(beta, ages) / _bias(beta, full_ages) > tolerance for beta in betas])
-    stays = differ.any(dim=0) & ~young.births.isnan()
+def _without_grown_up(parameter: nn.Parameter, young: Young, group: Group, step: float) -> Young | None:
+    """Return the rows that the step after `step` corrects; None when there are none."""
+    last = step + 1 - _grown_up_at(group, young)
+    if float(np.min(young.host_births, initial=math.inf)) > last:
+        return young
+    return young.staying(parameter, young.births > last, young.latest) if young.latest > last else None
+
+
+def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: Tensor) -> Young | None:
+    """The same where the device has the count, for which the host waits; also without those that were forgotten."""
+    stays = (young.births > step + 1 - _grown_up_at(group, young)) & ~young.births.isnan()
     if bool(stays.all()):
         return young
-    if not bool(stays.any()):
-        return None
-    return young.staying(parameter, stays, young.latest)
+    return young.staying(parameter, stays, young.latest) if bool(stays.any()) else None
+
+
+def _grown_up_at(group: Group, young: Young) -> float:
+    """Return the age from which a row's bias corrections are 1 to rounding, so that it needs no correction any more.
+
+    It goes by the betas alone, so that a row is corrected in the same steps whether or not the hooks, or the process,
+    have been there all along.
+    """
+    tolerance = 1e-15 if young.births.dtype is torch.float64 else 1e-7
+    betas = [float(beta) for beta in group["betas"]]
+    return max(math.log(tolerance) / math.log(beta) if beta > 0 else 1.0 for beta in betas)
 
 
 def _bias(beta: float | Tensor, ages: Any) -> Any:

@@ -7,7 +7,8 @@ accumulator, averages that start at the weights); one mechanism serves the known
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
+from neuronsurgery.pytorch.shared_entries import Group, group_rules
 from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
-__all__ = ["Group", "Refresh", "fresh_rows", "is_shared", "own_step", "refuse_coupled"]
-
-Group = dict[str, Any]
+__all__ = ["Refresh", "fresh_rows", "is_shared", "learning", "own_step", "refuse_coupled", "scratch_of"]
 
 
 class Refresh:
@@ -65,7 +65,7 @@ def fresh_rows(
     return pairs
 
 
-def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:
+def is_shared(key: str, entry: object, parameter: Tensor) -> bool:
     """Whether a state entry belongs to the whole parameter: a number, or a tensor of one element."""
     if isinstance(entry, Tensor):
         return entry.numel() == 1 and (key == "step" or entry.shape != parameter.shape)
@@ -120,22 +120,43 @@ def _scratch_step(
     The group's hyper-parameters apply, except weight decay, which would put a gradient into the state. No
     hook fires (the class's own `step` is called), and the random state is left as it was.
     """
-    cls, options = type(optimizer), _scratch_options(group)
     parameter = nn.Parameter(weights.clone())
     parameter.grad = gradient.clone()
-    accepted = _accepted_options(cls)
-    with torch.random.fork_rng(devices=[weights.device] if weights.device.type == "cuda" else []):
+    with learning(optimizer, weights):
+        settled = {**group, "weight_decay": 0.0} if "weight_decay" in group else group
+        scratch = scratch_of(optimizer, settled, parameter)
+        own_step(type(optimizer))(scratch)
+    return parameter.detach(), scratch.state.get(parameter, {})
+
+
+@contextmanager
+def learning(optimizer: Optimizer, like: Tensor) -> Iterator[None]:
+    """Leave the random state as it was, and name the optimizer whose class failed on a scratch parameter."""
+    with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):
         try:
-            scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
-            scratch.param_groups[0].update(options)
-            own_step(cls)(scratch)
+            yield
         except Exception as error:
+            name = type(optimizer).__name__
             raise OptimizerError(
-                f"the state that {cls.__name__} gives a fresh parameter cannot be learned: building one from "
+                f"the state that {name} gives a fresh parameter cannot be learned: building one from "
                 "its parameter group and stepping on a scratch copy failed with "
                 f"{type(error).__name__}: {error}. If it wraps another optimizer, pass that one. " + _ELEMENT_WISE
             ) from error
-    return parameter.detach(), scratch.state.get(parameter, {})
+
+
+def scratch_of(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> Optimizer:
+    """Build an optimizer of the same class and settings on a scratch parameter, as one that has taken no step."""
+    cls, options = type(optimizer), _scratch_options(group)
+    accepted = _accepted_options(cls)
+    scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
+    scratch.param_groups[0].update(options)
+    for name, entry in vars(optimizer).items():  # settings that are kept beside the groups
+        if isinstance(entry, (bool, int, float, str, tuple)) and name in vars(scratch) and not name.startswith("_"):
+            setattr(scratch, name, entry)
+    switch = getattr(scratch, "train", None)  # schedule-free optimizers refuse to step otherwise
+    if callable(switch):
+        switch()
+    return scratch
 
 
 def _scratch_options(group: Group) -> Group:
@@ -143,8 +164,9 @@ def _scratch_options(group: Group) -> Group:
     for key, option in options.items():
         if isinstance(option, Tensor):
             options[key] = option.detach().clone()
-    if "weight_decay" in options:
-        options["weight_decay"] = 0.0
+    options |= {key: rule(group, 0) for key, rule in group_rules(group).items()}
+    if "differentiable" in options:
+        options["differentiable"] = False  # leaves cannot be written in place with autograd on
     return options
 
 

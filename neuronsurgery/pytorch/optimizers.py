@@ -25,7 +25,9 @@ from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, register
-from neuronsurgery.pytorch.fresh_state import Group, Refresh, fresh_rows, is_shared, refuse_coupled
+from neuronsurgery.pytorch.fresh_state import Refresh, fresh_rows, refuse_coupled
+from neuronsurgery.pytorch.replaying import learn
+from neuronsurgery.pytorch.shared_entries import Group, count_of
 from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, SetClock, install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
@@ -206,14 +208,24 @@ def _entered(
 ) -> list[Change]:
     now = current_step(optimizers, parameter)
     changes: list[Change] = []
-    for optimizer, _ in _owners(optimizers, parameter):
-        family, step = family_of(optimizer), _step(optimizer, parameter)
-        if family is None or not family.ages or step is None or now is None:
+    for optimizer, group in _owners(optimizers, parameter):
+        step = _step(optimizer, parameter)
+        if step is None or now is None:
             continue
         own = [born - now + step for born in steps]
-        if any(born > 0 for born in own) or parameter in young_rows(optimizer):
+        is_young = any(born > 0 for born in own) and _has_ages(optimizer, group, parameter, axes)
+        if is_young or parameter in young_rows(optimizer):
             changes += register(optimizer, parameter, rows, own, axes)
     return changes
+
+
+def _has_ages(optimizer: Optimizer, group: Group, parameter: nn.Parameter, axes: UnitAxes) -> bool:
+    """Whether the updates of rows younger than their parameter differ from the others'."""
+    family = family_of(optimizer)
+    if family is not None:
+        return family.ages
+    rule = learn(optimizer, group, parameter, axes)
+    return rule.ages or rule.first
 
 
 def resume(
@@ -240,18 +252,18 @@ def resume(
     return changes
 
 
-def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[str]:
+def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter, axes: UnitAxes = ROWS) -> list[str]:
     """Return what a report should say of the parameter's optimizers: a line for each of an unknown family."""
     found = []
-    for optimizer, _ in _owners(optimizers, parameter):
-        state = optimizer.state.get(parameter)
-        if not state or family_of(optimizer) is not None:
+    for optimizer, group in _owners(optimizers, parameter):
+        if not optimizer.state.get(parameter) or family_of(optimizer) is not None:
             continue
-        shared = ", ".join(key for key, entry in state.items() if is_shared(key, entry, parameter))
-        note = f"{type(optimizer).__name__}: unknown family; rows took the state of a fresh parameter"
-        if shared:
-            note += f", what all rows share ({shared}) is left as it is and may scale their first updates"
-        found.append(note)
+        unexplained = learn(optimizer, group, parameter, axes).unexplained
+        if unexplained:
+            found.append(
+                f"{type(optimizer).__name__}: unknown family; rows took the state of a fresh parameter, what all rows "
+                f"share ({', '.join(unexplained)}) is left as it is and may scale their first updates"
+            )
     return found
 
 
@@ -271,10 +283,14 @@ def _first_steps(
     optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes
 ) -> list[Change]:
     """Plan the changes that register rows before their first step, where only the first update needs correcting."""
-    family, state = family_of(optimizer), optimizer.state.get(parameter, {})
-    if family is None or not family.first_step or not group.get("dampening") or not _has_tensors(state):
+    family = family_of(optimizer)
+    if not _has_tensors(optimizer.state.get(parameter, {})):
         return []
-    return register(optimizer, parameter, rows, [1] * rows.numel(), axes)
+    if family is not None:
+        is_first = family.first_step and bool(group.get("dampening"))
+    else:
+        is_first = count_of(optimizer, parameter, group) is None and learn(optimizer, group, parameter, axes).first
+    return register(optimizer, parameter, rows, [1] * rows.numel(), axes) if is_first else []
 
 
 def _has_tensors(state: Mapping[str, Any]) -> bool:
@@ -299,15 +315,11 @@ def _group(optimizer: Optimizer, parameter: nn.Parameter) -> Group | None:
 
 def _step(optimizer: Optimizer, parameter: nn.Parameter) -> int | None:
     """Return the optimizer's count of steps for a parameter it owns; None when it keeps none."""
-    family = family_of(optimizer)
+    family, group = family_of(optimizer), _group(optimizer, parameter)
     if family is not None and family.first_step:
         return None
-    state = optimizer.state.get(parameter)
-    if not state:
-        return 0
-    step = state.get("step")
-    is_count = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
-    return int(step) if is_count else None
+    count = None if group is None else count_of(optimizer, parameter, group)
+    return 0 if count is None and not optimizer.state.get(parameter) else count if count is None else int(count)
 
 
 def _counts(optimizer: Optimizer, parameter: nn.Parameter) -> bool:

@@ -910,15 +910,16 @@ def test_a_subclass_that_keeps_step_is_of_its_parents_family() -> None:
     assert_rows_equal_fresh(trial, fresh)
 
 
-def test_a_subclass_that_overrides_step_is_unknown() -> None:
-    trial = Trial(partial(Clipped, lr=0.01))
-    trial.step(5)
+def test_a_subclass_that_overrides_step_is_replayed_at_its_age() -> None:
+    make = partial(Clipped, lr=0.01)
+    trial = Trial(make)
+    trial.step(20)
     trial.surgery()
-    assert num_hooks(trial.optimizer) == (0, 0)
-    assert owners.notes([trial.optimizer], trial.parameters[0]) == [
-        "Clipped: unknown family; rows took the state of a fresh parameter, what all rows share (step) is "
-        "left as it is and may scale their first updates"
-    ]
+    assert num_hooks(trial.optimizer) == (1, 1)
+    fresh = trial.fresh(make)
+    trial.step(20, fresh)
+    assert owners.notes([trial.optimizer], trial.parameters[0]) == []
+    assert_rows_equal_fresh(trial, fresh)
 
 
 UNKNOWN: dict[str, Make] = {
@@ -942,8 +943,8 @@ def test_unknown_element_wise_optimizers_treat_rows_as_fresh(name: str) -> None:
     untouched.step(20)
     assert_rows_equal_fresh(trial, fresh)
     assert_other_elements_equal(trial, untouched)
-    (note,) = owners.notes([trial.optimizer], trial.parameters[0])
-    assert note.startswith(f"{type(trial.optimizer).__name__}: unknown family; rows took the state of a fresh")
+    assert owners.notes([trial.optimizer], trial.parameters[0]) == []
+    assert num_hooks(trial.optimizer) == (0, 0)
 
 
 def test_planning_leaves_the_random_state_to_an_optimizer_that_draws() -> None:
