@@ -31,7 +31,7 @@ from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 from neuronsurgery.pytorch.young import Young
 
-__all__ = ["CORRECTIONS", "Corrections", "Family", "family_of", "register"]
+__all__ = ["CORRECTIONS", "Corrections", "Family", "family_of", "has_young", "register"]
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,23 @@ def register(
     """
     assert rows.numel() == len(steps), "one birth for each row"
     _refuse_other_axes(optimizer, parameter, axes)
-    dtype = torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
-    births = torch.tensor(steps, dtype=dtype, device=parameter.device)
+    births = torch.tensor(steps, dtype=_dtype_of_births(parameter), device=parameter.device)
     enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0), axes)
     return [*install(optimizer, CORRECTIONS, Corrections), enter]
+
+
+def has_young(optimizer: Optimizer, parameter: nn.Parameter, group: Group, births: Sequence[int]) -> bool:
+    """Whether the next step would correct any of the rows born at these counts of the optimizer's, if it had hooks."""
+    rows, born = torch.arange(len(births)), torch.tensor(births, dtype=_dtype_of_births(parameter))
+    young = Young.of(parameter, rows.to(parameter.device), born.to(parameter.device), max(births), ROWS)
+    if not len(young.rows):
+        return False
+    still = _young_now(optimizer, parameter, group, young)
+    return still is not None and bool(len(still.rows))
+
+
+def _dtype_of_births(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _refuse_other_axes(optimizer: Optimizer, parameter: nn.Parameter, axes: UnitAxes) -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.shared_entries import Group, group_rules
+from neuronsurgery.pytorch.shared_entries import Group, group_rules, number
 from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+from neuronsurgery.pytorch.wrappers import COPIES
 
 __all__ = ["Refresh", "fresh_rows", "is_shared", "learning", "own_step", "refuse_coupled", "scratch_of"]
 
@@ -56,6 +57,9 @@ def fresh_rows(
         if is_shared(key, entry, parameter):
             continue
         _refuse_shape(optimizer, key, entry, parameter)
+        if key in COPIES and key not in fresh:  # a wrapper's, in the state of the optimizer that it holds
+            pairs.append((entry, weights))
+            continue
         if not isinstance(fresh.get(key), Tensor) or fresh[key].shape != weights.shape:
             raise OptimizerError(
                 f"the operated rows of a parameter need a fresh {key!r}, but {type(optimizer).__name__} has "
@@ -89,27 +93,54 @@ _ELEMENT_WISE = (
 
 
 def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter, axes: UnitAxes = ROWS) -> None:
-    """Refuse an optimizer in which one row's first update depends on another row's weights or gradient.
+    """Refuse an optimizer in which one row's updates depend on another row's weights or gradients.
 
-    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), two steps on few units do. Units
-    that are not along axis 0 alone learn their state in another layout than their own: there no element's update may
-    depend on another's.
+    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), a few steps on few units do, with a
+    second parameter beside them. Units that are not along axis 0 alone learn their state in another layout than their
+    own: there no element's updates may depend on another's.
     """
-    if (parameter.shape[0] if axes == ROWS else parameter.numel()) < 2:
-        return
+    is_single = (parameter.shape[0] if axes == ROWS else parameter.numel()) < 2
     shape = axes.few_units(parameter.shape)
     generator = torch.Generator().manual_seed(0)
-    weights, gradient = torch.randn((2, *shape), generator=generator).to(parameter.detach())
+    weights, *gradients = torch.randn((7, *shape), generator=generator).to(parameter.detach())
     kept = torch.zeros(shape, dtype=torch.bool, device=weights.device)
-    kept[0 if axes == ROWS else (0,) * len(shape)] = True
-    alone, _ = _scratch_step(optimizer, group, weights, gradient)
-    beside, _ = _scratch_step(optimizer, group, weights * torch.where(kept, 1.0, 3.0).to(weights), gradient * kept)
-    if not torch.equal(alone[kept], beside[kept]):
+    kept[... if is_single else 0 if axes == ROWS else (0,) * len(shape)] = True
+    scales = (torch.tensor([0.0, 3.0, 0.1, 30.0, 0.0, 1.0]).to(weights), torch.ones(6).to(weights))
+    found = [
+        _shown_of(optimizer, group, torch.where(kept, weights, weights * (1 + scale[1])), gradients, scale, kept)
+        for scale in scales
+    ]
+    is_apart = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    if not is_apart or type(optimizer).__name__ in _NOT_ALWAYS_APART:
         one = "row" if axes == ROWS else "weight"
         raise OptimizerError(
             f"{type(optimizer).__name__} couples the {one}s of a parameter of shape {tuple(parameter.shape)}: the "
             f"update of one {one} depends on the others, so single rows cannot be made fresh. {_ELEMENT_WISE}"
         )
+
+
+_NOT_ALWAYS_APART = ("AdamP", "SGDP")
+"""Classes outside torch that couple rows only where a gradient is nearly orthogonal to the weights (Heo et al. 2021)"""
+
+
+def _shown_of(
+    optimizer: Optimizer, group: Group, weights: Tensor, gradients: list[Tensor], scales: Tensor, kept: Tensor
+) -> list[Tensor]:
+    """Step on scratch parameters and return what must not depend on `scales`, which all but `kept` are scaled by.
+
+    These are the kept weights, and what all rows share; to know its own state would not help a row that is kept.
+    """
+    parameter, beside = nn.Parameter(weights.clone()), nn.Parameter(weights.clone())
+    with learning(optimizer, weights):
+        scratch = scratch_of(optimizer, group, parameter, beside)
+        for gradient, scale in zip(gradients, scales, strict=True):
+            parameter.grad = torch.where(kept, gradient, gradient * scale)
+            beside.grad = gradient * scale
+            own_step(type(optimizer))(scratch)
+    state = scratch.state.get(parameter, {})
+    shared = [entry for key, entry in state.items() if is_shared(key, entry, weights)]
+    numbers = [number(entry) for entry in [*shared, *scratch.param_groups[0].values()]]
+    return [parameter.detach()[kept], torch.tensor([one for one in numbers if one is not None])]
 
 
 def _scratch_step(
@@ -144,11 +175,11 @@ def learning(optimizer: Optimizer, like: Tensor) -> Iterator[None]:
             ) from error
 
 
-def scratch_of(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> Optimizer:
-    """Build an optimizer of the same class and settings on a scratch parameter, as one that has taken no step."""
+def scratch_of(optimizer: Optimizer, group: Group, *parameters: nn.Parameter) -> Optimizer:
+    """Build an optimizer of the same class and settings on scratch parameters, as one that has taken no step."""
     cls, options = type(optimizer), _scratch_options(group)
     accepted = _accepted_options(cls)
-    scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
+    scratch = cls(list(parameters), **{key: entry for key, entry in options.items() if key in accepted})
     scratch.param_groups[0].update(options)
     for name, entry in vars(optimizer).items():  # settings that are kept beside the groups
         if isinstance(entry, (bool, int, float, str, tuple)) and name in vars(scratch) and not name.startswith("_"):

@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, register
+from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, has_young, register
+from neuronsurgery.pytorch.coupled import coupled_of, refresh_coupled
 from neuronsurgery.pytorch.fresh_state import Refresh, fresh_rows, refuse_coupled
 from neuronsurgery.pytorch.replaying import learn
 from neuronsurgery.pytorch.shared_entries import Group, count_of
 from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, SetClock, install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
+from neuronsurgery.pytorch.wrappers import inner_of, refresh_wrapper, unwrapped
 
 __all__ = [
     "age_clock",
@@ -39,6 +41,7 @@ __all__ = [
     "births",
     "check_owners",
     "current_step",
+    "missing_hooks",
     "notes",
     "refresh",
     "resume",
@@ -51,7 +54,8 @@ __all__ = [
 def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
     """Return what was passed as `optimizer=` as a tuple, each optimizer once.
 
-    Raises `OptimizerError` for anything but an optimizer, a sequence of optimizers, or None.
+    Of one that holds another (Lookahead, SAM, a training framework's) the inner one, and the wrapper behind it where it
+    has a state of its own. Raises `OptimizerError` for anything but an optimizer, a sequence of optimizers, or None.
 
     >>> as_optimizers(None)
     ()
@@ -66,7 +70,7 @@ def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> tuple[Op
                 f"found {type(one).__name__}. Pass the optimizer itself: of a scheduler, "
                 "scheduler.optimizer; of a wrapper, what it wraps."
             )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(inner for one in found for inner in unwrapped(one)))
 
 
 def check_owners(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
@@ -173,8 +177,15 @@ def refresh(
     [False, True, False]
     """
     changes: list[Change] = []
+    for wrapper in optimizers:
+        if inner_of(wrapper) is not None and rows.numel():
+            changes += refresh_wrapper(wrapper, parameter, rows, axes)
     for optimizer, group in _owners(optimizers, parameter):
         if not optimizer.state.get(parameter) or not rows.numel():
+            continue
+        coupled = coupled_of(optimizer)
+        if coupled is not None:
+            changes += refresh_coupled(optimizer, coupled, parameter, rows, axes)
             continue
         family = family_of(optimizer)
         fresh_rows(optimizer, group, parameter, rows, axes)
@@ -224,6 +235,8 @@ def _has_ages(optimizer: Optimizer, group: Group, parameter: nn.Parameter, axes:
     family = family_of(optimizer)
     if family is not None:
         return family.ages
+    if coupled_of(optimizer) is not None:
+        return False
     rule = learn(optimizer, group, parameter, axes)
     return rule.ages or rule.first
 
@@ -253,10 +266,13 @@ def resume(
 
 
 def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter, axes: UnitAxes = ROWS) -> list[str]:
-    """Return what a report should say of the parameter's optimizers: a line for each of an unknown family."""
+    """Return what a report should say of the parameter's optimizers: a line for each that leaves something to know."""
     found = []
     for optimizer, group in _owners(optimizers, parameter):
         if not optimizer.state.get(parameter) or family_of(optimizer) is not None:
+            continue
+        if (coupled := coupled_of(optimizer)) is not None:
+            found.append(coupled.note)
             continue
         unexplained = learn(optimizer, group, parameter, axes).unexplained
         if unexplained:
@@ -265,6 +281,31 @@ def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter, axes: UnitAx
                 f"share ({', '.join(unexplained)}) is left as it is and may scale their first updates"
             )
     return found
+
+
+def missing_hooks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, births: Sequence[int]) -> bool:
+    """Whether hooks that an operation installed are gone, as after a resume, so that `resume` has to install them.
+
+    `births`: those of the parameter's operated rows, as for `resume`. A clock that does not run is missing.
+    """
+    known = [born for born in births if born >= 0]
+    owners = list(_owners(optimizers, parameter))
+    if not known or not owners:
+        return False
+    now = age_clock(optimizers, parameter)
+    if now is None:
+        return True
+    rows = torch.arange(len(known), device=parameter.device)
+    for optimizer, group in owners:
+        if parameter in young_rows(optimizer):
+            continue
+        count = _step(optimizer, parameter)
+        own = [born - now + count for born in known] if count is not None else []
+        if own and _has_ages(optimizer, group, parameter, ROWS) and has_young(optimizer, parameter, group, own):
+            return True
+        if now in known and _first_steps(optimizer, group, parameter, rows, ROWS):
+            return True
+    return False
 
 
 def young_rows(optimizer: Optimizer) -> dict[nn.Parameter, dict[int, int]]:
@@ -284,7 +325,7 @@ def _first_steps(
 ) -> list[Change]:
     """Plan the changes that register rows before their first step, where only the first update needs correcting."""
     family = family_of(optimizer)
-    if not _has_tensors(optimizer.state.get(parameter, {})):
+    if coupled_of(optimizer) is not None or not _has_tensors(optimizer.state.get(parameter, {})):
         return []
     if family is not None:
         is_first = family.first_step and bool(group.get("dampening"))
@@ -301,10 +342,10 @@ def _has_tensors(state: Mapping[str, Any]) -> bool:
 
 
 def _owners(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> Iterator[tuple[Optimizer, Group]]:
-    """Yield each optimizer that owns the parameter, with the parameter's group."""
+    """Yield each optimizer that owns and steps the parameter, with the parameter's group."""
     for optimizer in optimizers:
         group = _group(optimizer, parameter)
-        if group is not None:
+        if group is not None and inner_of(optimizer) is None:
             yield optimizer, group
 
 
