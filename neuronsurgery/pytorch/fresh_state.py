@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.shared_entries import Group, group_rules, number
@@ -50,6 +51,8 @@ def fresh_rows(
     optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes = ROWS
 ) -> list[tuple[Tensor, Tensor]]:
     """Return (state tensor of the parameter's shape, its fresh rows (r, *row_shape)) for each such tensor."""
+    for key, entry in optimizer.state[parameter].items():
+        _refuse_packed(optimizer, key, entry)
     weights = axes.take(parameter.detach(), rows.to(parameter.device))
     _, fresh = _scratch_step(optimizer, group, weights, torch.zeros_like(weights))
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -74,6 +77,14 @@ def is_shared(key: str, entry: object, parameter: Tensor) -> bool:
     if isinstance(entry, Tensor):
         return entry.numel() == 1 and (key == "step" or entry.shape != parameter.shape)
     return entry is None or isinstance(entry, (int, float, complex, str))
+
+
+def _refuse_packed(optimizer: Optimizer, key: str, entry: object) -> None:
+    if isinstance(entry, Tensor) and is_traceable_wrapper_subclass(entry) and type(entry).__name__ != "DTensor":
+        raise OptimizerError(
+            f"{type(optimizer).__name__} packs its state {key!r} ({type(entry).__name__}): its numbers share scales, "
+            f"so that rows cannot be overwritten without changing others. {_ELEMENT_WISE}"
+        )
 
 
 def _refuse_shape(optimizer: Optimizer, key: str, entry: object, parameter: nn.Parameter) -> None:

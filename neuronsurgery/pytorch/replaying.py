@@ -68,6 +68,8 @@ class Stepper:
         copied = {key: entry.clone() if isinstance(entry, Tensor) else entry for key, entry in state.items()}
         scratch = self.scratch
         scratch.param_groups = [{**group, "params": [parameter], "differentiable": False}]
+        if "train_mode" in group:  # a schedule-free optimizer may be in its other mode while it is operated with
+            scratch.param_groups[0]["train_mode"] = True
         scratch.state = defaultdict(dict, {parameter: copied} if copied else {})
         self.own_step(scratch)
         point = Point(parameter.detach(), scratch.state[parameter], scratch.param_groups[0])

@@ -865,6 +865,17 @@ class LayerWise(Optimizer):
                 parameter.sub_(momentum * parameter.norm() / momentum.norm(), alpha=group["lr"])
 
 
+class Factored(LayerWise):
+    """State of one number for each row, by which all are scaled."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            norms = self.state[parameter].setdefault("norms", torch.zeros(len(parameter), 1))
+            norms.lerp_(parameter.grad.norm(dim=1, keepdim=True), 0.1)
+            parameter.sub_(parameter.grad / norms.mean())
+
+
 class Noisy(SGD):
     """Draws random numbers in its step."""
 
@@ -977,21 +988,11 @@ MATRIX: list[tuple[int, ...]] = [(5, 3)]
 
 REFUSED: dict[str, tuple[Make, list[tuple[int, ...]], str]] = {
     "state-of-another-shape": (
-        torch.optim.Adafactor,
+        Factored,
         MATRIX,
-        r"Adafactor couples the rows .* of shape \(5, 3\): its state 'row_var' has shape \(5, 1\)",
-    ),
-    "norm-of-a-vector": (
-        torch.optim.Adafactor,
-        [(6,)],
-        r"Adafactor couples the rows .* of shape \(6,\): the update of one row depends on the others",
+        r"Factored couples the rows .* of shape \(5, 3\): its state 'norms' has shape \(5, 1\)",
     ),
     "norm-of-a-matrix": (LayerWise, MATRIX, r"LayerWise couples the rows .* depends on the others"),
-    "orthogonal": (
-        torch.optim.Muon,
-        MATRIX,
-        r"Muon couples the rows .* Give the operated layers an element-wise",
-    ),
     "state-that-comes-later": (
         partial(Late, lr=0.1),
         MATRIX,
