@@ -113,6 +113,7 @@ REFUSED: Mapping[str, Make] = {
     "AdaFactor (pytorch-optimizer)": pytorch_optimizer.AdaFactor,
     "StableAdamW": pytorch_optimizer.StableAdamW,
     "Prodigy": pytorch_optimizer.Prodigy,
+    "DAdaptAdaGrad": pytorch_optimizer.DAdaptAdaGrad,
     "AdamP": pytorch_optimizer.AdamP,
     "Adan, clipping": partial(pytorch_optimizer.Adan, max_grad_norm=0.5),
 }

@@ -118,6 +118,7 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
     True
     >>> for change in start_clocks([sgd], layer.weight):
     ...     change.apply()
+    >>> layer(torch.ones(1, 2)).sum().backward()
     >>> sgd.step()
     >>> age_clock([sgd], layer.weight)
     1

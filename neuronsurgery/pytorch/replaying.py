@@ -206,8 +206,7 @@ def replay(optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Y
     state = optimizer.state[parameter]
     for born, places in young.cohorts():
         age = 0 if count is None else int(count - 1 - born)
-        if age < 0:
-            continue
+        assert age >= 0, "rows born later than the step before are dropped before the step"
         rows = young.rows[places]
         kept = {k: e if is_shared(k, e, parameter) else e[places] for k, e in young.state.items()}
         point = stepper.step_at(age, settings, young.weights[places], young.gradient[places], kept)

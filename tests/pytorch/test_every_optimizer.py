@@ -92,6 +92,14 @@ def test_optimizers_that_couple_rows_otherwise_are_refused(name: str) -> None:
 FIRST_STEPS = ["SGD, dampening", "SGD, fused", "SGDW", "Adan", "NAdam", "AdamWScheduleFree"]
 
 
+def test_coupling_to_other_parameters_is_refused_for_a_parameter_of_one_row() -> None:
+    parameter = nn.Parameter(torch.randn(1, 8))
+    optimizer = REFUSED["Adan, clipping"]([parameter])
+    take_step(optimizer, parameter, gradient(0, "random", (1, 8)))
+    with pytest.raises(OptimizerError, match="Adan couples"):
+        overwrite(optimizer, parameter, torch.tensor([0]))
+
+
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +133,26 @@ def test_hooks_installed_anew_give_the_bits_of_hooks_that_were_never_lost(name: 
         take_step(resumed, twin, given)
         assert torch.equal(parameter, twin), step
     assert not owners.missing_hooks([resumed], twin, births)
+
+
+def test_a_first_step_is_still_due_after_steps_without_gradient_and_a_resume() -> None:
+    name = "SGD, dampening"
+    parameter = nn.Parameter(torch.randn(SHAPE))
+    optimizer = EXACT[name]([parameter])
+    for step in range(5):
+        take_step(optimizer, parameter, gradient(step, "random", SHAPE))
+    fresh = nn.Parameter(overwrite(optimizer, parameter))
+    twin = EXACT[name]([fresh])
+    parameter.grad = None
+    optimizer.step()
+    resumed = reloaded(optimizer, EXACT[name], parameter)
+    run(owners.start_clocks([resumed], parameter, at=owners.age_clock([optimizer], parameter) or 0))
+    run(owners.resume([resumed], parameter, ROWS, [0, 0]))
+    for step in range(5, 9):
+        given = gradient(step, "random", SHAPE)
+        take_step(resumed, parameter, given)
+        take_step(twin, fresh, given[ROWS])
+    torch.testing.assert_close(parameter.detach()[ROWS], fresh.detach())
 
 
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "Adamax"])
@@ -242,7 +270,8 @@ def test_a_step_without_gradient_leaves_replayed_rows_alone(name: str) -> None:
 @pytest.mark.situation("Precision", "GradScaler with fused Adagrad", "works")
 def test_a_gradient_scalers_factor_and_overflows_reach_replayed_rows() -> None:
     parameter = nn.Parameter(torch.randn(SHAPE))
-    make = EXACT["Adagrad, fused"]
+    # With an accumulator to start from, as without one a common factor of all gradients would cancel.
+    make: Make = partial(optim.Adagrad, lr=0.1, lr_decay=0.05, initial_accumulator_value=0.1, fused=True)
     optimizer, scaler = make([parameter]), torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(9):
         take_step(optimizer, parameter, gradient(step, "random", SHAPE))
