@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow zoo lint types spelling format docs constraints clean
+.PHONY: demo test test-slow zoo situations lint types spelling format docs constraints clean
 
 demo: .venv/.installed
 	$(BIN)/neuronsurgery demo
@@ -26,6 +26,10 @@ test-slow: .venv/.installed
 # Measures the zoo of models and writes docs/zoo.md.
 zoo: .venv/.installed
 	$(BIN)/python -m benchmarks.zoo
+
+# Runs the tests of all situations of a training run and writes docs/situations.md.
+situations: .venv/.installed
+	$(BIN)/python -m benchmarks.situations
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -8,15 +8,80 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from neuronsurgery.checks import Check
 from neuronsurgery.composites import Composites
-from neuronsurgery.evidence import Evidence
+from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
 from neuronsurgery.reports import Report
 from neuronsurgery.sites import Sites
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Watch"]
+
+
+class Watch(Protocol):
+    """What a schedule knows of a training run: steps, and what was measured in a window of them."""
+
+    num_steps: int
+    """How many steps were taken; several optimizers that take turns count once."""
+    is_open: bool
+    """Whether the window is open: steps are measured."""
+    evidence: Evidence
+    """What was measured since the window was opened or restarted."""
+    needs: frozenset[Quantity]
+    """What is measured."""
+    generator: Any
+    """The source of random numbers whose state is part of the state, or None."""
+
+    @property
+    def sites(self) -> Sites:
+        """The sites watched, as they are now."""
+
+    @property
+    def num_seen(self) -> int:
+        """How many steps of the window are over, measured or not."""
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether anything was measured of any site."""
+
+    def end_round(self) -> int:
+        """End the step that is under way, and return how many were taken."""
+
+    def open(self, every: int) -> None:
+        """Open the window: each `every`-th step is measured, the next one first."""
+
+    def shut(self) -> None:
+        """Close the window and forget what was measured."""
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+
+    def forget_changed(self) -> list[str]:
+        """Forget what was measured of sites that were operated on, undone or loaded since; their names."""
+
+    def pooled(self) -> Evidence:
+        """What was measured, of all replicas together."""
+
+    def agreed(self, value: Any) -> float:
+        """A value as a number, on which all replicas agree."""
+
+    def ages(self) -> Mapping[str, Mapping[int, int]]:
+        """As `Backend.ages`, of the sites watched."""
+
+    def operations(self) -> Mapping[str, Mapping[int, int]]:
+        """Site -> composite unit -> its latest operation."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, window and evidence as tensors, numbers and strings."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, after the model's and the optimizers'."""
+
+    def close(self) -> None:
+        """Leave nothing on the model or the optimizers."""
 
 
 class Backend(Protocol):
@@ -32,7 +97,14 @@ class Backend(Protocol):
         """Refuse evidence of another model."""
 
     def observe(
-        self, model: Any, optimizer: Any = None, *, every: int = 1, sites: Collection[str] = ()
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        every: int = 1,
+        sites: Collection[str] = (),
+        needs: Collection[Quantity] = frozenset(Quantity),
+        scaler: Any = None,
     ) -> AbstractContextManager[Evidence]:
         """Evidence gathered while the model trains."""
 
@@ -66,6 +138,40 @@ class Backend(Protocol):
 
     def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
         """Put the old weights of an operation's units back."""
+
+    def watch(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        sites: Collection[str] | None = None,
+        needs: Collection[Quantity] = (),
+        generator: Any = None,
+        scaler: Any = None,
+    ) -> Watch:
+        """Watch a model and its optimizers train."""
+
+    def restore(
+        self, model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = ""
+    ) -> Composites:
+        """Take over a saved state and its structure, whole or not at all."""
+
+    def accept(self, model: Any) -> None:
+        """Let the model's own loader take over structure."""
+
+    def attach(self, model: Any, optimizer: Any) -> None:
+        """Install on an optimizer what the operated rows of its model need."""
+
+    def check(self, model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
+        """What stands in the way of a model and its optimizers, nothing changed."""
+
+    def check_mirrors(self, model: Any, *, onto: Any, sites: Collection[str]) -> None:
+        """Refuse target networks that could not be given the structure of a model operated on at these sites."""
+
+    def mirror(
+        self, model: Any, *, onto: Any, frozen: Literal["own", "shared"] = "own", verify: Any = None
+    ) -> MirrorReport:
+        """Give target networks the structure of a model, all of them or none."""
 
     def composites(self, model: Any) -> Composites:
         """The composite units of a model."""

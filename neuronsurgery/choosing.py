@@ -99,6 +99,40 @@ class Units(Criterion):
 
 
 @dataclass(frozen=True)
+class Selected(Criterion):
+    """Chooses what another criterion chose before, and prints as that one; it needs no evidence and no cooldown.
+
+    A schedule selects within its bounds and hands the units to a method with this.
+
+    >>> print(Selected("Stagnant(threshold=0.25)", {"fc1": [0]}, {"fc1": {"stagnant": [0.1, 1.9]}}))
+    Stagnant(threshold=0.25)
+    """
+
+    name: ClassVar[str] = "selected"
+    by: str
+    """The criterion that chose the units, as it prints."""
+    units: Mapping[str, tuple[int, ...]]
+    values: Mapping[str, Mapping[str, tuple[float, ...]]]
+    """Site name -> name of a score -> the scores that chose them, one number per unit."""
+
+    @property
+    def uses_cooldown(self) -> bool:
+        return False
+
+    def numbers(self, site: Site, measured: Mapping[Quantity, Array], seed: int) -> dict[str, list[float]]:
+        return {name: list(one) for name, one in self.values.get(site.name, {}).items()}
+
+    def check(self, sites: Sites) -> None:
+        Units(self.units).check(sites)
+
+    def masks(self, scores: Scored) -> Mapping[str, Mask]:
+        return Units(self.units).masks(scores)
+
+    def __str__(self) -> str:
+        return self.by
+
+
+@dataclass(frozen=True)
 class Custom(Criterion):
     """Chooses units by a function of the `Scores` that returns site name -> mask (one bool per unit).
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,6 +159,20 @@ class Rows:
         found[unit[place == 0]] = num_units + row[place == 0]
         return found
 
+    def fingerprint(self, num_units: int) -> NDArray[np.float32]:
+        """Four numbers from 1 to 2 that tell how rows are summed into units: banks that sum differently differ in them.
+
+        Example:
+            >>> one = Rows.empty(1).extended([1], operation=1, births=[[0]])
+            >>> other = Rows.empty(1).extended([1], operation=7, births=[[9]])  # later, but summed alike
+            >>> bool((one.fingerprint(4) == other.fingerprint(4)).all())
+            True
+        """
+        order = Layout.of(self, num_units).order
+        told = (np.array([num_units, *order.shape]), order, self.unit)
+        digest = sha256(b"".join(np.ascontiguousarray(each, "<i8").tobytes() for each in told)).digest()
+        return (1 + np.frombuffer(digest[:16], "<u4") / 2**32).astype(np.float32)
+
     def encoded(self) -> Integers:
         """All of it as one int64 table (num_rows, 3 + num_parameters), for a checkpoint."""
         return np.concatenate([np.stack([self.sign, self.unit, self.operation], axis=1), self.births], axis=1)
@@ -185,15 +200,18 @@ class Layout:
     `order` (1 + 2 * depth, num_columns), int64: a column's oldest knowledge row, then the positive and then the
     negative terms of its pairs, oldest first. Padding names the unit's own slot in both terms of a pair: an exact
     zero, in the value and in the gradient. `source` (num_units,): for each unit its index in [slots, columns]; None
-    where there is a column for every unit, in order.
+    for a narrow layer, which has a column for every unit, in order, from the first operation on. Which of the two it
+    is depends on the layer alone: code that was compiled for one bank lasts as the bank grows.
 
     Example:
         >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]])
-        >>> layout = Layout.of(rows, num_units=10)    # slots 0 to 9, knowledge row 10, compensation row 11
-        >>> layout.order[:, 0].tolist()           # one pair, and one of padding
-        [10, 1, 1, 11, 1]
-        >>> layout.source.tolist()
-        [0, 10, 2, 3, 4, 5, 6, 7, 8, 9]
+        >>> layout = Layout.of(rows, num_units=4)     # slots 0 to 3, knowledge row 4, compensation row 5
+        >>> layout.order[:, 1].tolist()           # one pair, and one of padding
+        [4, 1, 1, 5, 1]
+        >>> layout.order[:, 2].tolist()           # not operated on: its slot
+        [2, 2, 2, 2, 2]
+        >>> Layout.of(rows, num_units=100).source[:4].tolist()    # a column for the one unit, behind all slots
+        [0, 100, 2, 3]
     """
 
     order: Integers
@@ -203,8 +221,8 @@ class Layout:
     def of(rows: Rows, num_units: int) -> Layout:
         """The layout for these rows, padded to its capacity so that later operations seldom change a shape."""
         operated, times = np.unique(rows.unit[rows.sign == KNOWLEDGE], return_counts=True)
-        width = min(num_units, capacity(len(operated), smallest=capacity(num_units // 4), growth=4))
-        is_full = width == num_units
+        is_full = num_units <= NARROW
+        width = num_units if is_full else _room_for_columns(len(operated), num_units)
         units = np.arange(num_units) if is_full else operated
         columns = np.concatenate([units, np.full(width - len(units), operated[0])])  # spare columns are never read
         depth = capacity(int(times.max()), smallest=2)
@@ -219,6 +237,14 @@ class Layout:
         source = np.arange(num_units)
         source[operated] = num_units + np.arange(len(operated))
         return Layout(order, source)
+
+
+NARROW = 64
+"""Up to so many units a column for each costs no more than telling apart which have one."""
+
+
+def _room_for_columns(num_operated: int, num_units: int) -> int:
+    return min(num_units, capacity(num_operated, smallest=capacity(num_units // 4), growth=4))
 
 
 def _ranked(rows: Rows, sign: int) -> tuple[Integers, Integers, Integers]:

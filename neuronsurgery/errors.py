@@ -8,10 +8,14 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- SiteError           ValueError     an unknown site or unit
     |-- PlanError           ValueError     a plan that does not fit the model
     |-- OptimizerError      ValueError     an optimizer that owns none of the parameters, or that couples rows
+    |-- ScheduleError       ValueError     a schedule that can never act, or the state of another one
     |-- DrawError           ValueError     an initializer or a generator that draws no fresh weights
     |-- ModelError          TypeError      no module; lazy, quantized, scripted or inference tensors
     |-- EquivalenceError                   the output moved beyond the tolerance; everything was rolled back
     |-- UndoError           ValueError     a later operation intervened
+    |-- StateError          RuntimeError   a saved state that does not fit, or that was cast or averaged
+    |-- CheckError          RuntimeError   problems that surgery.check found, and that there must not be
+    |-- MirrorError         ValueError     a target that does not fit the model, or follows it in another way
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -48,6 +52,10 @@ class OptimizerError(SurgeryError, ValueError):
     """An optimizer that owns none of the model's parameters, or that couples rows."""
 
 
+class ScheduleError(SurgeryError, ValueError):
+    """A schedule that can never act, that was closed or cannot be copied, or the state of another schedule."""
+
+
 class DrawError(SurgeryError, ValueError):
     """An initializer or a generator that draws no fresh weights."""
 
@@ -62,6 +70,18 @@ class EquivalenceError(SurgeryError):
 
 class UndoError(SurgeryError, ValueError):
     """An operation that can no longer be undone because a later one intervened."""
+
+
+class StateError(SurgeryError, RuntimeError):
+    """A saved state that does not fit the model; a structure that was cast, averaged, or written by a newer version."""
+
+
+class CheckError(SurgeryError, RuntimeError):
+    """A model or an optimizer that `surgery.check` finds problems in, raised by `require()`."""
+
+
+class MirrorError(SurgeryError, ValueError):
+    """A target that does not fit its model, or that follows it in a way that its frozen rows were not made for."""
 
 
 class FormatError(SurgeryError, ValueError):

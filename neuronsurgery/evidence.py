@@ -157,6 +157,38 @@ class Evidence:
         recorded = self._sums[site].get(quantity)
         return 0 if recorded is None else int(recorded.count)
 
+    def forget(self, site: str) -> None:
+        """Drops what was recorded of a site, as after an operation on it; the others' stays."""
+        self.sites.require(site)
+        self._sums[site] = {}
+
+    def forget_all(self) -> None:
+        """Starts anew."""
+        self._num_steps = self._num_skipped = 0
+        self._sums = {name: {} for name in self.sites}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums as nested dictionaries of arrays, integers and strings; none is changed by what follows."""
+        sums = {
+            site: {quantity.value: {"total": one.total, "count": one.count} for quantity, one in of_site.items()}
+            for site, of_site in self._sums.items()
+        }
+        return {"num_steps": self._num_steps, "num_skipped": self._num_skipped, "sums": sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` returned, its arrays on the devices where more will be added.
+
+        Raises `SiteError` for an unknown site, `EvidenceError` for a wrong shape, before anything is taken over.
+        """
+        for site, of_site in state["sums"].items():
+            for one in of_site.values():
+                self._check_shape(site, one["total"])
+        self._num_steps, self._num_skipped = state["num_steps"], state["num_skipped"]
+        self._sums = {site: {} for site in self.sites} | {
+            site: {Quantity(name): _Sum(one["total"], one["count"]) for name, one in of_site.items()}
+            for site, of_site in state["sums"].items()
+        }
+
     def __str__(self) -> str:
         title = f"Evidence: {counted(self.num_steps, 'step')}, {self.num_skipped} skipped"
         rows = [self._row(name) for name in self.sites]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import floor
 
 from neuronsurgery.combining import Mask
 from neuronsurgery.errors import CriterionError
@@ -87,6 +88,39 @@ def select(
         {site: chosen for site, chosen in units.items() if chosen},
         {site: count for site, count in passed_over.items() if count},
     )
+
+
+def capped(selection: Selection, *, max_units: int | None = None, max_share: float | None = None) -> Selection:
+    """Returns the selection with at most so many units in all, and at most that share of the units of each site.
+
+    Those of lowest score stay (by the criterion's first leaf; by index without scores).
+
+    >>> from neuronsurgery.choosing import Units
+    >>> from neuronsurgery.scores import score
+    >>> from neuronsurgery.sites import Site, Sites
+    >>> sites = Sites({"fc1": Site("fc1", "", "Linear", "relu", num_units=4)})
+    >>> capped(select(score(sites, None, Units({"fc1": [3, 0, 1]}))), max_share=0.5).units
+    {'fc1': (0, 1)}
+    """
+    units: dict[str, tuple[int, ...]] = dict(selection.units)
+    if max_share is not None:
+        # The tolerance keeps 0.29 * 100 = 28.999999999999996 at 29.
+        room = {site: floor(max_share * selection.scores.sites[site].num_units + 1e-9) for site in units}
+        units = {site: tuple(sorted(_by_score(selection, site)[: room[site]])) for site in units}
+    if max_units is not None:
+        left = [(rank, site, unit) for site in units for rank, unit in _ranked(selection, site, units[site])]
+        kept = sorted(left, key=lambda one: one[0])[:max_units]
+        units = {site: tuple(sorted(unit for _, where, unit in kept if where == site)) for site in units}
+    return replace(selection, units={site: chosen for site, chosen in units.items() if chosen})
+
+
+def _by_score(selection: Selection, site: str) -> list[int]:
+    return [unit for _, unit in sorted(_ranked(selection, site, selection.units[site]))]
+
+
+def _ranked(selection: Selection, site: str, units: tuple[int, ...]) -> list[tuple[float, int]]:
+    numbers = selection.scores.first(site)
+    return [(0.0 if numbers is None else numbers[unit], unit) for unit in units]
 
 
 def _young(ages: Mapping[str, Mapping[int, int]], cooldown: int) -> dict[str, frozenset[int]]:

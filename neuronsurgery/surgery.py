@@ -9,77 +9,106 @@ frozen compensation member, whose sum equals the old unit at the moment of surge
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
 from neuronsurgery.combining import Criterion
 from neuronsurgery.composites import Composites, Member
 from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
+    CheckError,
     CriterionError,
     DrawError,
     EquivalenceError,
     EvidenceError,
     FormatError,
+    MirrorError,
     ModelError,
     OptimizerError,
     PlanError,
+    ScheduleError,
     SiteError,
+    StateError,
     SurgeryError,
     UndoError,
     UntraceableError,
 )
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
+from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
+from neuronsurgery.schedules import Act, Scheduling, Settings, needs_of
 from neuronsurgery.scores import Scores
 from neuronsurgery.scores import score as _score
 from neuronsurgery.selection import COOLDOWN, Selection, select
 from neuronsurgery.sites import Site, Sites
+from neuronsurgery.triggers import EVERY_STEP, Every, Last, Plateau, Share, TaskChange, Trigger
 
 if TYPE_CHECKING:
     from neuronsurgery.backend import Backend
 
 __all__ = [
+    "Check",
+    "CheckError",
     "Composites",
     "Criterion",
     "CriterionError",
     "Dormant",
     "DrawError",
     "EquivalenceError",
+    "Every",
     "Evidence",
     "EvidenceError",
     "FormatError",
     "GraMa",
+    "Last",
     "Lowest",
     "Member",
+    "MirrorError",
+    "MirrorReport",
+    "Mirrored",
     "ModelError",
     "OptimizerError",
     "Plan",
     "PlanError",
+    "Plateau",
+    "Problem",
     "Quantity",
     "Random",
     "Report",
+    "Schedule",
+    "ScheduleError",
     "Scores",
     "Selection",
+    "Share",
     "Site",
     "SiteError",
     "Sites",
     "Stagnant",
+    "StateError",
     "SurgeryError",
+    "TaskChange",
+    "Trigger",
     "UndoError",
     "Units",
     "UntraceableError",
+    "accept",
+    "attach",
+    "check",
     "composites",
     "discover",
     "knife",
+    "mirror",
     "observe",
     "operate",
     "plan",
     "probe",
+    "restore",
     "score",
     "select",
     "undo",
@@ -169,7 +198,13 @@ def discover(model: Any, *, include: Collection[str] = (), example: Any = None) 
 
 
 def observe(
-    model: Any, optimizer: Any = None, every: int = 1, *, sites: Collection[str] = ()
+    model: Any,
+    optimizer: Any = None,
+    every: int = 1,
+    *,
+    sites: Collection[str] = (),
+    criterion: Criterion | str | None = None,
+    scaler: Any = None,
 ) -> AbstractContextManager[Evidence]:
     """Measure a model while it trains, for as long as the `with` block is open.
 
@@ -182,6 +217,10 @@ def observe(
         optimizer: its optimizer, or several.
         every: measure every so many steps.
         sites: names of range-bearing producers to measure as well.
+        criterion: measure no more than it needs: for `"stagnant"` gradients only, so that the model's forwards are left
+            alone. None: all that can be measured.
+        scaler: the `torch.amp.GradScaler` by which losses are multiplied. What an optimizer reads is unscaled without
+            it; with it, so are the gradients of activations (`GraMa`), and those that are read without an optimizer.
 
     Example:
         >>> import torch
@@ -195,7 +234,8 @@ def observe(
         >>> evidence.num_steps
         3
     """
-    return _backend(model).observe(model, optimizer, every=every, sites=sites)
+    needs = frozenset(Quantity) if criterion is None else needs_of(as_criterion(criterion))
+    return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs, scaler=scaler)
 
 
 def probe(
@@ -219,6 +259,100 @@ def probe(
         (16, True)
     """
     return _backend(model).probe(model, batches, loss_fn, sites=sites)
+
+
+class Schedule(Scheduling):
+    """When to look at a model in training and when to operate on it: call `step` after each optimizer step.
+
+    What is counted are optimizer steps that were taken: one that a gradient scaler skips is none, several backward
+    passes that accumulate are one, and several optimizers that take turns count once. A fresh window of steps is
+    measured before each operation, of what the criterion needs only: `"stagnant"` reads gradients in a hook of the
+    optimizer and leaves the model's classes and compiled code alone; criteria of activations have the model's forwards
+    observed while a window is open; `Units` and `Random` need nothing. No state dict of the model shows any of that.
+
+    Args:
+        model: the model that trains; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several.
+        criterion: as for `knife`.
+        operate: when: `Every`, `TaskChange`, `Plateau`, `Share`, combined with `|` and `&`.
+        look: which steps are measured: `Every(k)`, each k-th since the last operation (the default is each), or
+            `Last(n)`, the last n before it.
+        sites: as for `knife`.
+        cooldown: for how many steps of the schedule a fresh unit is passed over.
+        max_units: the most units that one operation takes, those of lowest score first. None: no bound.
+        max_share: the largest share of a site's units that one operation takes. None: no bound.
+        dry_run: return what would be done, a `Plan`, and leave the model alone.
+        verify: as for `knife`, or a function that returns a batch.
+        on_report: is called with each report, in a dry run with each plan.
+        method: a function in the manner of `knife`.
+        mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
+            operation, as by `mirror`.
+        frozen: as for `mirror`.
+        generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
+            processes seed alike.
+        scaler: as for `observe`.
+        options: passed on to the method: `max_growth=`, `init=` ...
+
+    Raises:
+        ScheduleError: a schedule that could never act, or options that the method does not take.
+        SiteError: a name that is no site, or a model without any.
+        OptimizerError: no optimizer that trains any of the sites.
+        MirrorError: a mirror that cannot take over the model's structure.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> schedule = Schedule(model, optimizer, Lowest(0.25), operate=Every(10), look=Last(5))
+        >>> for _ in range(10):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     report = schedule.step()
+        >>> report.num_units, schedule.num_steps
+        (2, 10)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any,
+        criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+        *,
+        operate: Trigger,
+        look: Every | Last = EVERY_STEP,
+        sites: Iterable[str] | None = None,
+        cooldown: int = COOLDOWN,
+        max_units: int | None = None,
+        max_share: float | None = None,
+        dry_run: bool = False,
+        verify: Any = None,
+        on_report: Callable[[Any], object] | None = None,
+        method: Callable[..., Report] = knife,
+        mirrors: Any = (),
+        frozen: Literal["own", "shared"] = "own",
+        generator: Any = None,
+        scaler: Any = None,
+        **options: Any,
+    ) -> None:
+        wanted = as_criterion(criterion)
+        settings = Settings(wanted, operate, look, cooldown, max_units, max_share)
+        names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        if isinstance(wanted, Units):
+            names = list(dict.fromkeys(_forced(names, wanted)))
+        backend = _backend(model)
+        found = backend.discover(model, include=names or ())
+        found = found if names is None else found.subset(names)
+        _require_sites(found)
+        wanted.check(found)
+        follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
+        if follow is not None:
+            backend.check_mirrors(model, onto=mirrors, sites=list(found))
+        watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), generator=generator, scaler=scaler)
+        given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        act = Act(method, arguments, verify, dry_run, on_report, follow)
+        super().__init__(model, backend, watch, settings, act)
 
 
 def score(
@@ -282,6 +416,156 @@ def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
         UndoError: a later operation intervened on one of the units (undo that one first), or it is not in the model.
     """
     return _backend(model).undo(model, report, optimizer=optimizer)
+
+
+def restore(model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = "") -> Composites:
+    """Load a state dict strictly, with the structure that was saved in it, onto a model that need not have it.
+
+    The model may be fresh, or operated on in another way: it has the composite units of the state dict afterwards, and
+    no others. All of it happens, or nothing. Tensors take the dtype and the device of the model's own; a model
+    on the meta device receives the saved tensors themselves.
+
+    Args:
+        model: the model, built as it was when saved; wrappers (DDP, compiled modules) are taken off, of names as well.
+        state_dict: names to tensors, from `model.state_dict()`, `torch.load(..., weights_only=True)` or safetensors.
+        optimizer: the model's optimizer, or several, to `attach`; load their own state first.
+        prefix: restore from the entries whose names begin so: `"model."` of a Lightning checkpoint.
+
+    Returns:
+        The composite units that the model has now.
+
+    Raises:
+        StateError: a bank that does not fit the model, or whose structure was cast, averaged, cut or written by a
+            newer version.
+        RuntimeError: torch's own, for weights that are missing, unexpected or of another shape.
+
+    Example:
+        >>> import torch
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> trained = build()
+        >>> report = knife(trained, Units({"0": [1, 5]}))
+        >>> resumed = build()
+        >>> restore(resumed, trained.state_dict()).num_units
+        2
+        >>> x = torch.randn(16, 4)
+        >>> torch.equal(resumed(x), trained(x))
+        True
+    """
+    return _backend(model).restore(model, state_dict, optimizer, prefix=prefix)
+
+
+def accept(model: Any) -> None:
+    """Let the model's own `load_state_dict` take over structure, for frameworks that call it themselves.
+
+    From now on a strict load of a state dict with other composite units than the model has, called on the model or on
+    a module that holds it, restores as `restore` does. A state dict without composite units loads as usual. Copies and
+    pickles of the model accept as well. Calling it again changes nothing.
+
+    Args:
+        model: the model, before its framework loads it: in the constructor of a Lightning module, `accept(self)`.
+
+    Example:
+        >>> import torch
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> trained, resumed = build(), build()
+        >>> report = knife(trained, Units({"0": [1, 5]}))
+        >>> accept(resumed)
+        >>> resumed.load_state_dict(trained.state_dict())
+        <All keys matched successfully>
+    """
+    _backend(model).accept(model)
+
+
+def attach(model: Any, optimizer: Any) -> None:
+    """Install on an optimizer the step hooks that the operated rows of its model need.
+
+    Operating with `optimizer=` does that. A process that resumes from a checkpoint, a copy and a pickle have none:
+    there young rows would be updated by the step count of old ones, and SGD's steps not be counted.
+
+    Args:
+        model: the operated model, with its parameters in the optimizer.
+        optimizer: its optimizer, or several; load their own state first. Calling it again changes nothing.
+
+    Raises:
+        OptimizerError: an optimizer owns none of the parameters, or is none: of a wrapper, pass what it wraps.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> report = knife(model, Units({"0": [1, 5]}), optimizer=optimizer)
+        >>> copied = copy.deepcopy(model)
+        >>> optimizer_of_copy = torch.optim.AdamW(copied.parameters())
+        >>> optimizer_of_copy.load_state_dict(optimizer.state_dict())
+        >>> attach(copied, optimizer_of_copy)
+    """
+    _backend(model).attach(model, optimizer)
+
+
+def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
+    """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
+
+    Trainable parameters that no optimizer owns or that several do, frozen rows that something could move, banks that
+    have no effect or disagree with their layer, step hooks and ages that a copy or a resume has lost, old weights
+    written back into slots, rows and optimizer state that are not finite, target networks of another structure.
+
+    Args:
+        model: any `torch.nn.Module`; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several. None: nothing is said of parameters without one.
+        mirrors: networks that should have the same structure, one or several.
+
+    Returns:
+        The check: true if there is no problem. `.problems` say where, what was found and what to do; `.require()`
+        raises `CheckError` if there are any.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+        >>> found = check(model, optimizer)
+        >>> found.ok, found.problems[0].where
+        (False, '2.weight, 2.bias')
+    """
+    return _backend(model).check(model, optimizer, mirrors=mirrors)
+
+
+def mirror(model: Any, *, onto: Any, frozen: Literal["own", "shared"] = "own", verify: Any = None) -> MirrorReport:
+    """Give target, average or teacher networks the structure of an operated model: all of them, or none.
+
+    Call it after each operation on the model, and after each `undo`, before the target is next updated. Operations that
+    both have stay as they are; those that the model no longer has are taken back. Optimizers are not concerned.
+
+    Args:
+        model: the network that was operated on.
+        onto: the target, or several, built as the model was; wrappers (DDP, compiled, `AveragedModel`) are taken off.
+        frozen: whose frozen rows a target holds. `"own"`: its knowledge is its own old unit, so its output does not
+            change; for targets whose frozen rows follow the model's: copied or averaged by state dict. `"shared"`: the
+            model's, and so are the slots of these units, so its output moves by what they lagged behind; for targets of
+            which parameters alone are averaged or copied.
+        verify: a batch, as for `knife`, on which each target is compared before and after. Under `"own"` beyond the
+            tolerance of its dtype is an error, where nothing was taken back; else the report says by how much it moved.
+
+    Returns:
+        The report: for each target the units, site by site, and by how much they moved.
+
+    Raises:
+        MirrorError: a target of other structure, one that was operated on by itself, the model itself; under `"own"`
+            also a target whose parameters alone have followed the model since it was last mirrored.
+        EquivalenceError: an output moved that must not; everything was put back.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> target = copy.deepcopy(model).requires_grad_(False)
+        >>> report = knife(model, Units({"0": [1, 5]}))
+        >>> mirror(model, onto=target).num_units
+        2
+        >>> target.load_state_dict(model.state_dict())
+        <All keys matched successfully>
+    """
+    return _backend(model).mirror(model, onto=onto, frozen=frozen, verify=verify)
 
 
 def composites(model: Any) -> Composites:

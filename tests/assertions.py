@@ -214,5 +214,5 @@ def bank_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in state_of(model).items()
-        if any(part.endswith("composite") for part in name.split(".")[:-1])
+        if any(part.endswith("composite") for part in name.split(".")[:-1]) and not name.endswith("_extra_state")
     }

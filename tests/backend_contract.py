@@ -242,6 +242,20 @@ class BackendContract:
         with pytest.raises(UndoError):
             lab.backend.undo(model, reports[0])
 
+    def test_check_finds_nothing_after_an_operation_and_names_what_another_optimizer_does_not_own(
+        self, lab: Lab
+    ) -> None:
+        model, x = lab.model(0), batch_of(lab)
+        optimizer = lab.optimizer(model)
+        lab.step(model, optimizer, x)
+        lab.backend.operate(model, planned(lab, model, [1]), optimizer=optimizer)
+        before = lab.weights(model)
+        assert lab.backend.check(model, optimizer).ok
+        assert lab.backend.check(model, lab.optimizer(lab.model(1))).about("optimizer")
+        (problem,) = lab.backend.check(model, optimizer, mirrors=lab.model(0)).problems
+        assert problem.about == "mirror" and lab.site in problem.where
+        assert_same_weights(before, lab.weights(model))
+
     def test_ages_count_the_optimizers_steps_since_the_latest_operation(self, lab: Lab) -> None:
         model, x = lab.model(0), batch_of(lab)
         optimizer = lab.optimizer(model)

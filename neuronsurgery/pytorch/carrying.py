@@ -133,6 +133,8 @@ def passing(original: Forward) -> Forward:
         if carried.num_passed < carried.num_links:
             setattr(h, CARRIED, carried)
             return h
+        if h is slots:  # changed in place: what it carried as a pre-activation is not the activation's
+            delattr(h, CARRIED)
         if rows is not None and carried.bank is not None:
             h = carried.bank.assemble(h, rows)
         return h if carried.weight is None or not offset_of(carried.weight) else tap(carried.weight, h)

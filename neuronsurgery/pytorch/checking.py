@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,15 @@ from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.unitwise import along
 
-__all__ = ["Observed", "SameOutput", "check_composite", "observe_output", "tolerance"]
+__all__ = [
+    "MovedOutput",
+    "Observed",
+    "SameOutput",
+    "check_composite",
+    "moved_activations",
+    "observe_output",
+    "tolerance",
+]
 
 _TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 
@@ -40,6 +48,21 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
+    error = moved_activations(place, renewed, bank)
+    if not error <= tolerance(place.weight.dtype):
+        raise EquivalenceError(
+            f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
+            f"activation; at most {tolerance(place.weight.dtype):.3g} is allowed in {place.weight.dtype}. Nothing was "
+            "changed"
+        )
+    return error
+
+
+def moved_activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite | None) -> float:
+    """By how much of their largest value a layer's activations move with new slots and a new bank, or none.
+
+    On random inputs, as `check_composite`.
+    """
     before = [None if slots is None else slots.rows() for slots in place.slots]
     error = 0.0
     for computed in place.computed or (None,):
@@ -48,12 +71,6 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
             new, rows = _activations(place, renewed, bank, computed)
             scale = max(_magnitude(old), _magnitude(rows))
             error = max(error, _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny))
-    if not error <= tolerance(place.weight.dtype):
-        raise EquivalenceError(
-            f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
-            f"activation; at most {tolerance(place.weight.dtype):.3g} is allowed in {place.weight.dtype}. Nothing was "
-            "changed"
-        )
     return error
 
 
@@ -161,11 +178,8 @@ class SameOutput:
         self.error = 0.0
 
     def apply(self) -> None:
-        after = observe_output(self.model, self.batch)
-        for old, new in zip(self.before.tensors, after.tensors, strict=True):
-            if old.is_floating_point():
-                scale = max(_magnitude(old), self.before.floor, torch.finfo(old.dtype).tiny)
-                self._record(_magnitude(new - old) / scale, tolerance(old.dtype))
+        for error, allowed in _moves(self.before, observe_output(self.model, self.batch)):
+            self._record(error, allowed)
 
     def _record(self, error: float, allowed: float) -> None:
         self.error = max(self.error, error)
@@ -178,6 +192,30 @@ class SameOutput:
 
     def revert(self) -> None:
         """Nothing was changed."""
+
+
+class MovedOutput:
+    """The last change where an output may move: none, it notes by how much."""
+
+    def __init__(self, model: nn.Module, batch: Any) -> None:
+        self.model, self.batch = model, batch
+        self.before = observe_output(model, batch)
+        self.error = 0.0
+
+    def apply(self) -> None:
+        moves = _moves(self.before, observe_output(self.model, self.batch))
+        self.error = max((error for error, _ in moves), default=0.0)
+
+    def revert(self) -> None:
+        """Nothing was changed."""
+
+
+def _moves(before: Observed, after: Observed) -> Iterator[tuple[float, float]]:
+    """By how much of its scale each output moved, and the most that an output-equivalent operation may move it."""
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        if old.is_floating_point():
+            scale = max(_magnitude(old), before.floor, torch.finfo(old.dtype).tiny)
+            yield _magnitude(new - old) / scale, tolerance(old.dtype)
 
 
 class _LastProduct(TorchFunctionMode):

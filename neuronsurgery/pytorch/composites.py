@@ -7,7 +7,7 @@ member. It receives the producer's own input, and replaces the activations of op
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from neuronsurgery.composites import Layout, Rows, room_for
-from neuronsurgery.errors import SurgeryError
+from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
+from neuronsurgery.pytorch.stacking import check_stacked
+from neuronsurgery.pytorch.step_hooks import Clock
+from neuronsurgery.pytorch.structure import Structure, agrees, decoded
 from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
 
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
-
-STRUCTURE_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def check_in_place(bank: Composite, module: nn.Module) -> None:
     Raises:
         SurgeryError: it was exchanged after the operation.
     """
-    if not torch.compiler.is_compiling() and bank.site not in module.__dict__.get(PASSED_BY, ()):
+    if bank.site not in module.__dict__.get(PASSED_BY, ()):
         raise SurgeryError(
             f"a {type(module).__name__} between the producer {bank.site!r} and its activation function was exchanged "
             "after the operation, and the bank's rows pass the one that was there; undo the operation before you "
@@ -125,6 +126,22 @@ def frozen_names(path: UnitPath, extras: Sequence[str] = ()) -> tuple[str, ...]:
     return (*FIRST_NAMES, *tensors, *extras)
 
 
+def _table(name: str) -> Any:
+    """A gather table of a bank, an attribute in two versions: one that may grow, to compile, and one to export."""
+
+    def read(bank: Composite) -> Tensor | None:
+        return (bank.fixed_tables if torch.compiler.is_exporting() else bank.growing_tables)[name]
+
+    def write(bank: Composite, value: Tensor | None) -> None:
+        bank.fixed_tables[name] = value
+        bank.growing_tables[name] = _let_grow(None if value is None else value.detach(), *_GROWING_AXES[name])
+
+    return property(read, write)
+
+
+_GROWING_AXES: dict[str, tuple[int, ...]] = {"order": (0, 1), "source": (), "units": (0,), "reference": ()}
+
+
 class Composite(nn.Module):
     """The bank of one producer: frozen rows, their structure, and the sum into composite units.
 
@@ -132,14 +149,16 @@ class Composite(nn.Module):
     path's own tensors `frozen_path_<i>` (capacity, ...), copies of parameters, and `running_path_<i>`, statistics that
     each row keeps. Where a producer computes its weight from several parameters, `frozen_weight` is the first of them,
     and each other has a `frozen_<name>` (capacity, *its_row_shape). Unused rows repeat the first and are never read.
+    `fingerprint` (4,) float32 is not saved: stacked with those of other models it tells whether they are summed alike.
     """
 
     frozen_weight: Tensor
     frozen_bias: Tensor | None
-    order: Tensor
-    source: Tensor | None
-    units: Tensor
-    reference: Tensor
+    fingerprint: Tensor
+    order = _table("order")
+    source = _table("source")
+    units = _table("units")
+    reference = _table("reference")
 
     def __init__(
         self,
@@ -154,17 +173,19 @@ class Composite(nn.Module):
         self.product, self.path, self.num_units = product, path, num_units
         self.rows, self.recipe = rows, recipe
         self.site = ""
+        self.clocks: tuple[Clock | None, ...] = ()  # what its births are counted by, where no optimizer does
+        self.growing_tables: dict[str, Tensor | None] = {}
+        self.fixed_tables: dict[str, Tensor | None] = {}
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
-        for name, value in self.tables(rows).items():
-            self.register_buffer(name, value, persistent=False)
+        self._tabulate()
 
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers with one value a row: weight, bias, the path's parameters, and what else weights come from."""
         return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
-        """The gather tables for these rows, on the bank's device."""
+        """The gather tables for these rows, on the bank's device; on the CPU where the bank has no storage."""
         layout = Layout.of(rows, self.num_units)
         spare = len(self.frozen_weight) - len(rows)
         tables = {
@@ -173,8 +194,39 @@ class Composite(nn.Module):
             "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
             "reference": rows.reference(self.num_units),
         }
-        device = self.frozen_weight.device
+        device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
+
+    def _tabulate(self) -> None:
+        device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
+        fingerprint = torch.from_numpy(self.rows.fingerprint(self.num_units)).to(device)
+        self.register_buffer("fingerprint", fingerprint, persistent=False)
+        for name, value in self.tables(self.rows).items():
+            setattr(self, name, value)
+        for name in self.buffer_names():
+            _let_grow(self._buffers[name], 0)
+
+    def _stored(self, name: str) -> Any:
+        """A buffer, read so that torch's compiler takes its size for one that may change.
+
+        What it reads through a module's attributes of parameters and buffers it takes to be of one size for good. An
+        exported program is of one size.
+        """
+        return getattr(self, name) if torch.compiler.is_exporting() else self.__dict__["_buffers"][name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
+        """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tabulate()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"growing_tables": {}, "fixed_tables": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._tabulate()
 
     def live(self, name: str) -> Tensor | None:
         """The rows in use of one buffer, (num_rows, ...)."""
@@ -183,7 +235,8 @@ class Composite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
-        return self.product(x, self.frozen_weight, self.frozen_bias, self.units)
+        weight, bias = (self._stored(name) for name in FIRST_NAMES)
+        return self.product(x, weight, bias, self.units.to(x.device))
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
@@ -193,8 +246,9 @@ class Composite(nn.Module):
                     f"the weight is computed from '{source.path}' now, of which this bank has no frozen rows; call it "
                     "as before, or undo the operation"
                 )
-        stored = {source.name: getattr(self, source.name) for source in recipe.sources if source.name}
-        return self.product(x, *recipe.rows(compute, stored, live, self.units), self.units)
+        stored = {source.name: self._stored(source.name) for source in recipe.sources if source.name}
+        units = self.units.to(x.device)
+        return self.product(x, *recipe.rows(compute, stored, live, units), units)
 
     # -- on the path
 
@@ -263,7 +317,7 @@ class Composite(nn.Module):
                 "for which the bank was made; undo the operation before you change it"
             )
         span = path.span(index)
-        return [getattr(self, name) for name in self.buffer_names()[2:][span]]
+        return [self._stored(name) for name in self.buffer_names()[2:][span]]
 
     def gathered(self, other: Any, axis: int) -> Any:
         """Each row's unit's part of a tensor from elsewhere; what has no unit axis is the same for all rows.
@@ -277,7 +331,7 @@ class Composite(nn.Module):
             other = self.stacked(other)
         size = other.shape[axis] if other.dim() >= -axis else 1
         if size == self.num_units:
-            return other.index_select(axis, self.units)
+            return other.index_select(axis, self.units.to(other.device))
         if size == 1:
             return other
         raise SurgeryError(
@@ -315,51 +369,137 @@ class Composite(nn.Module):
 
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:
         """As `assemble`, of slots and rows that have their units on one axis."""
+        check_stacked(self.fingerprint, self.site)
         values = torch.cat([h, rows], axis)
         num_terms, num_columns = self.order.shape
-        terms = values.index_select(axis, self.order.reshape(-1))
+        terms = values.index_select(axis, self.order.to(h.device).reshape(-1))
         terms = terms.unflatten(axis, (num_terms, num_columns))  # type: ignore[no-untyped-call]
         depth = num_terms // 2
         oldest, positive, negative = terms.split([1, depth, depth], axis - 1)
         composites: Tensor = oldest.squeeze(axis - 1) + (positive - negative).sum(axis - 1)
         if self.source is not None:
-            composites = torch.cat([h, composites], axis).index_select(axis, self.source)
+            composites = torch.cat([h, composites], axis).index_select(axis, self.source.to(h.device))
         return laid_out_as(composites, h)
+
+    # -- in state dicts
+
+    @property
+    def structure(self) -> Structure:
+        """What is saved beside the weights, with what the clocks of the births stand at now."""
+        counts = [clock.num_steps if clock is not None else -1 for clock in self.clocks]
+        num_columns = self.rows.births.shape[1]
+        return Structure(self.num_units, self.rows, tuple(counts or [-1] * num_columns))
 
     def get_extra_state(self) -> Tensor:
         """The structure as one int64 tensor, so that state dicts hold tensors only."""
-        table = self.rows.encoded()
-        head = np.array([STRUCTURE_FORMAT, self.num_units, *table.shape], np.int64)
-        return torch.from_numpy(np.concatenate([head, table.reshape(-1)]))
+        return self.structure.encoded()
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Take over a saved structure; the weights come with the same state dict.
 
         Raises:
-            SurgeryError: a newer format, a structure of another layer, or one that was averaged or cast.
+            StateError: a structure of another version or layer, one with more rows, or one that was averaged or cast.
         """
-        numbers = state.detach().cpu().numpy()
-        if numbers.dtype != np.int64 or numbers[0] != STRUCTURE_FORMAT or numbers.size != 4 + numbers[2] * numbers[3]:
-            raise SurgeryError(
-                f"the saved structure of a bank has format {numbers.flat[0]} and {numbers.size} entries; this version "
-                f"reads format {STRUCTURE_FORMAT}. It is no weight: copy it, never average or cast it"
+        if agrees(state, self.structure):
+            return
+        found = self.fitting(decoded(state, self.label))
+        if len(found.rows) > len(self.frozen_weight):
+            raise StateError(self._other_structure(found))
+        self.rows, self.clocks = found.rows, _set_back(self.clocks, found.counts)
+        self._tabulate()
+
+    def fitting(self, found: Structure) -> Structure:
+        """A saved structure that fits this layer.
+
+        Raises:
+            StateError: it is of another layer.
+        """
+        num_columns = self.rows.births.shape[1]
+        if found.num_units != self.num_units or len(found.counts) != num_columns:
+            raise StateError(
+                f"the saved structure of {self.label} belongs to a layer of {found.num_units} units with "
+                f"{len(found.counts)} parameters each, this one has {self.num_units} with {num_columns}"
             )
-        rows = Rows.decoded(numbers[4:].reshape(numbers[2], numbers[3]))
-        if numbers[1] != self.num_units or rows.unit.max(initial=0) >= self.num_units:
-            raise SurgeryError(
-                f"the saved bank belongs to a layer of {numbers[1]} units, this one has {self.num_units}"
-            )
-        if room_for(len(rows), self.num_units) != len(self.frozen_weight):
-            raise SurgeryError(
-                f"the saved bank has {len(rows)} frozen rows, this model's has room for {len(self.frozen_weight)}: it "
-                "was operated on differently"
-            )
-        self.rows = rows
-        for name, value in self.tables(rows).items():
-            setattr(self, name, value)
+        return found
+
+    @property
+    def label(self) -> str:
+        """As errors name it."""
+        return f"the bank of '{self.site}'" if self.site else "a bank"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch does it, but whole or not at all: weights of one structure under another are no composites."""
+        try:
+            self._check_loading({key.removeprefix(prefix): value for key, value in state_dict.items()})
+        except StateError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_loading(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to load what would leave weights and structure apart.
+
+        Raises:
+            StateError: a structure that cannot be read, weights that do not fit it, or one without the other.
+        """
+        own, state = self.structure, saved.get("_extra_state")
+        tensors = {name: value for name in self.buffer_names() if (value := getattr(self, name)) is not None}
+        found = own if state is None or agrees(state, own) else self.fitting(decoded(state, self.label))
+        is_same = np.array_equal(found.rows.encoded()[:, :3], own.rows.encoded()[:, :3])
+        for name, value in tensors.items():
+            if name not in saved and not is_same:
+                raise StateError(f"{self.label} is saved without '{name}', with a structure other than it has here")
+            if name in saved and (not isinstance(saved[name], Tensor) or saved[name].shape != value.shape):
+                raise StateError(f"{self._other_structure(found)}; '{name}' is {_described(saved[name])}")
+
+    def _other_structure(self, found: Structure) -> str:
+        return (
+            f"{self.label} is saved with {len(found.rows)} frozen rows, and has room for {len(self.frozen_weight)} "
+            "here: the model was operated on differently. surgery.restore(model, state_dict) takes over what was saved"
+        )
 
     def extra_repr(self) -> str:
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
+
+
+def _set_back(clocks: Sequence[Clock | None], counts: Sequence[int]) -> tuple[Clock | None, ...]:
+    """The clocks at saved counts: those that run are set, others stand until they are attached; -1 says nothing."""
+    own = clocks or [None] * len(counts)
+    for clock, count in zip(own, counts, strict=True):
+        if clock is not None and count >= 0:
+            clock.num_steps = count
+    return tuple(
+        Clock(count) if clock is None and count >= 0 else clock for clock, count in zip(own, counts, strict=True)
+    )
+
+
+def _described(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _let_grow(value: Tensor | None, *axes: int) -> Tensor | None:
+    """Let torch's compiler leave the sizes of these axes of a tensor open from the first time it sees them.
+
+    The tensor is marked and handed back. Unmarked, each layer's first growth recompiles; and below one of torch's own
+    layers, whose tensors are taken to be of one size for good unless that setting is off, every growth of a bank.
+    Parameters and buffers are not concerned: another setting fixes theirs, so a bank's rows are read by `_stored`.
+    """
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
+    if value is not None:
+        for axis in axes:
+            torch._dynamo.maybe_mark_dynamic(value, axis)
+    return value
 
 
 def _padded(value: Tensor, room: int) -> Tensor:

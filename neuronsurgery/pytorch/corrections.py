@@ -1,10 +1,11 @@
-"""What is known of families of optimizers, and the step hooks that correct what age changes in their updates.
+"""The step hooks that correct what age changes in the updates of young rows, by formula or by replay.
 
 Adam divides its moments by `1 - beta ** step` (Kingma & Ba 2015, algorithm 1), which is wrong for a row younger than
 its parameter: 3.2 times too large at first, 6.6 times at its peak. A pair of step hooks writes the young rows' update
 anew, from the optimizer's own moments, with `age = step - birth` in the place of `step`, until the two corrections
 agree. As the hooks stay for some 16,000 steps they are frugal: where the host knows the count of steps and all young
-rows of a parameter are of one age, the corrections are two numbers and the update seven kernels.
+rows of a parameter are of one age, the corrections are two numbers and the update seven kernels. Optimizers that share
+other numbers have the steps of their young rows replayed (`replaying`), which is dearer and serves them all.
 """
 
 from __future__ import annotations
@@ -18,20 +19,28 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch import replaying
-from neuronsurgery.pytorch.fresh_state import own_step
-from neuronsurgery.pytorch.shared_entries import Group, count_of
+from neuronsurgery.pytorch.fresh_state import Group
+from neuronsurgery.pytorch.replaying import Before, Shared, replay
 from neuronsurgery.pytorch.step_hooks import install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
-from neuronsurgery.pytorch.young import Young
 
-__all__ = ["CORRECTIONS", "Corrections", "Family", "family_of", "has_young", "register"]
+__all__ = [
+    "CORRECTIONS",
+    "Corrections",
+    "Family",
+    "Young",
+    "correct_bias",
+    "correct_dampening",
+    "correct_by_replay",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,96 @@ class Family:
 
     `correct(optimizer, parameter, group, young, sweep)` writes the young rows' update anew after a step and
     returns those that stay young. `ages`: the correction goes by age, so it needs births. `first_step`: there is no
-    count of steps, and only the first update needs correcting.
+    count of steps, and only the first update needs correcting. `shared`: the numbers that all rows of a parameter
+    share, for classes whose steps are replayed. `coupling`: how the update of one row depends on the others, "" where
+    it does not; `means` are entries of their state of which fresh rows take the mean of the other rows.
     """
 
     correct: Callable[[Optimizer, nn.Parameter, Group, Young, bool], Young | None] | None = None
     ages: bool = False
     first_step: bool = False
+    shared: Shared | None = None
+    coupling: str = ""
+    means: tuple[str, ...] = ()
+
+    def counted(self, optimizer: Optimizer, parameter: nn.Parameter, group: Group) -> Any:
+        """The count of steps that the optimizer took for a parameter, 0 before the first; a number or 0-d."""
+        state = optimizer.state.get(parameter, {})
+        return state.get("step", 0.0) if self.shared is None else self.shared.counted(state, group)
+
+    def still_young(self, births: Tensor, step: float | Tensor, group: Group) -> Tensor:
+        """For births, (r,), whether what goes by age still differs from what goes by `step`; (r,) bool."""
+        if self.shared is None:
+            return _biases_differ(births, step, group)
+        ages = np.maximum(float(step) - births.double().cpu().numpy(), 0.0)
+        return torch.from_numpy(self.shared.matters(ages, float(step), group)).to(births.device)
+
+    def young_now(self, births: Tensor, step: float, group: Group) -> Tensor:
+        """Of rows born then, (r,), which the sweeps up to `step` have left among the young; (r,) bool."""
+        swept = int(step) // Corrections.SWEEP_EVERY * Corrections.SWEEP_EVERY
+        return (births >= swept) | self.still_young(births, float(swept), group)
 
 
-def family_of(optimizer: Optimizer) -> Family | None:
-    """Return the row of the class, or of the parent whose `step` it uses; None when the family is unknown."""
-    cls = type(optimizer)
-    known = next((ancestor for ancestor in cls.__mro__ if ancestor in _FAMILIES), None)
-    return _FAMILIES[known] if known is not None and own_step(cls) is own_step(known) else None
+@dataclass
+class Young:
+    """The young rows of one parameter, on its device; `weights` and `step` are as they were before the step.
+
+    `rows`: (r,) int64, ascending, units under `axes`; `index`: the same as `axes.index` has it; `births`: (r,) float,
+    NaN for a row to be forgotten, none after `latest`; `host_births`: the same as numbers of the host, just one where
+    all rows have the same; `shape`: (r,), or what `axes.unit_shape` says where these are all rows of the parameter
+    (`is_all`), so that they are seen in place; `weights`: (*shape, *row_shape); `step`: 0-d when on the device;
+    `before`: what a replay starts from.
+    """
+
+    rows: Tensor
+    axes: UnitAxes
+    index: tuple[Tensor, ...]
+    births: Tensor
+    latest: float
+    host_births: float | NDArray[np.float64]
+    is_all: bool
+    shape: tuple[int, ...]
+    weights: Tensor | None = None
+    step: float | Tensor | None = None
+    before: Before | None = None
+
+    @staticmethod
+    def of(parameter: Tensor, rows: Tensor, births: Tensor, latest: float, axes: UnitAxes) -> Young:
+        """Those that are young, born after 0 and not forgotten; it waits for the device."""
+        is_young = births > 0
+        rows, order = rows[is_young].sort()
+        births = births[is_young][order]
+        on_host = births.cpu().numpy().astype(np.float64)
+        is_common = len(on_host) > 0 and bool((on_host == on_host[0]).all())
+        host_births = float(on_host[0]) if is_common else on_host
+        is_all = len(rows) == axes.num_units(parameter.shape)
+        shape = axes.unit_shape(parameter.shape) if is_all else (len(rows),)
+        return Young(rows, axes, axes.index(parameter.shape, rows), births, latest, host_births, is_all, shape)
+
+    def staying(self, parameter: Tensor, stays: Tensor, latest: float) -> Young:
+        """Those of the rows for which `stays`, (r,) bool, says so."""
+        return Young.of(parameter, self.rows[stays], self.births[stays], latest, self.axes)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """The rows of a tensor of the parameter's shape, (*shape, *row_shape), to be read only and under `no_grad`."""
+        view = self.axes.view(tensor)
+        if self.is_all:
+            return view
+        return view.index_select(0, self.rows) if len(self.index) == 1 else view[self.index]
+
+    def write(self, tensor: Tensor, values: Tensor) -> None:
+        """Overwrite the rows of such a tensor."""
+        view = self.axes.view(tensor)
+        if self.is_all:
+            view.copy_(values)
+        elif len(self.index) == 1:
+            view.index_copy_(0, self.rows, values.to(tensor))
+        else:
+            view.index_put_(self.index, values.to(tensor))
+
+    def over(self, column: Tensor, like: Tensor) -> Tensor:
+        """Shape one value per row, (r,), to apply to all of `like`, (*shape, ...)."""
+        return column.view(*self.shape, *[1] * (like.dim() - len(self.shape)))
 
 
 # -- step hooks ------------------------------------------------------------------------------------------------------
@@ -66,10 +152,12 @@ class Corrections:
 
     has_pre_hook = True
 
-    # Looking for rows that are no longer young makes the host wait for the device: not at every step.
+    # Looking for rows that are no longer young makes the host wait for the device: not at every step. The count of
+    # the parameter says when, so that a run that was resumed forgets the same rows at the same step.
     SWEEP_EVERY = 64
 
-    def __init__(self) -> None:
+    def __init__(self, family: Family) -> None:
+        self.family = family
         self.young: dict[nn.Parameter, Young] = {}
         self.due: list[tuple[nn.Parameter, Group]] = []
         self.num_steps = 0
@@ -80,41 +168,62 @@ class Corrections:
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self.due = []
         if not self.young:
             return None
-        family, young_now = family_of(optimizer), {}
-        for parameter, group in self._owned(optimizer):
-            young = _young_now(optimizer, parameter, group, self.young[parameter])
-            if young is None:
-                continue
-            young_now[parameter] = young
-            self.due.append((parameter, group))
-            if family is None:
-                replaying.remember(optimizer, parameter, young)
+        self.due = list(self._owned(optimizer))
+        self.young = {parameter: self.young[parameter] for parameter, _ in self.due}
+        for parameter, group in self.due:
+            young = self.young[parameter]
+            step = _count(self.family.counted(optimizer, parameter, group), young.births)
+            if self.family.ages and isinstance(step, float) and young.latest > step:
+                # Later births belong to a state that was replaced.
+                young = self.young[parameter] = young.staying(parameter, young.births <= step, step)
+            young.step = step
+            if self.family.shared is not None:
+                young.before = Before.of(optimizer, parameter, young)
             else:
                 rows = young.select(parameter)
                 young.weights = rows.clone() if young.is_all else rows
-        self.young = young_now
-        return _watching_closure(young_now, args, kwargs) if family is None else None
+        return None if self.family.shared is None else self._watching_closure(optimizer, args, kwargs)
+
+    def _watching_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Let a closure that computes gradients leave those of the young rows: some classes write into theirs."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def watched() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                for parameter, young in self.young.items():
+                    if young.before is not None:
+                        young.before.take_gradient(optimizer, parameter, young)
+            return loss
+
+        return (
+            (args, {**kwargs, "closure": watched}) if "closure" in kwargs else ((args[0], watched, *args[2:]), kwargs)
+        )
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         due, self.due = self.due, []
-        family = family_of(optimizer) if due else None
-        correct = replaying.replay if family is None else family.correct
+        if self.family.correct is None:
+            return
         self.num_steps += 1
-        sweep = self.num_steps % self.SWEEP_EVERY == 0
         for parameter, group in due:
             young = self.young.get(parameter)
-            if young is None or young.weights is None or correct is None:
+            if young is None or (young.weights is None and young.before is None):
                 continue  # no snapshot: overwritten during this step, by another hook, so the step was not theirs
-            remaining = correct(optimizer, parameter, group, young, sweep)
+            remaining = self.family.correct(optimizer, parameter, group, young, self._sweeps(young))
             if remaining is None:
                 del self.young[parameter]
             else:
                 self.young[parameter] = remaining
-                remaining.forget_step()
+                remaining.weights = remaining.step = remaining.before = None
+
+    def _sweeps(self, young: Young) -> bool:
+        taken = self.num_steps if isinstance(young.step, Tensor) or young.step is None else int(young.step) + 1
+        return taken % self.SWEEP_EVERY == 0
 
     def _owned(self, optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, Group]]:
         for group in optimizer.param_groups:
@@ -123,51 +232,16 @@ class Corrections:
                     yield parameter, group
 
 
-def _young_now(optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Young) -> Young | None:
-    """Return the rows that are still young before a step, with the count of steps in `step`; None when none are.
-
-    A function of births, count and settings, wherever the host knows the count; see `_is_due` for where it does not.
-    """
-    family = family_of(optimizer)
-    if family is None:
-        step: float | Tensor | None = count_of(optimizer, parameter, group)
-    else:
-        step = _count(optimizer.state.get(parameter, {}).get("step", 0.0), young.births)
-    if (family is None or family.ages) and isinstance(step, float):
-        if young.latest > step:  # later births belong to a state that was replaced
-            young = young.staying(parameter, young.births <= step, step)
-        if family is None:
-            still = replaying.without_grown_up(optimizer, parameter, group, young, step)
-        else:
-            still = _without_grown_up(parameter, young, group, step)
-        if still is None:
-            return None
-        young = still
-    young.step = step
-    return young
-
-
-def _watching_closure(young: dict[nn.Parameter, Young], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Let a closure that computes gradients leave those of the young rows; some classes write into theirs."""
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if not callable(closure):
-        return None
-
-    def watched() -> Any:
-        loss = closure()
-        for parameter, one in young.items():
-            if one.weights is not None and parameter.grad is not None:
-                one.gradient = one.axes.take(parameter.grad, one.rows)
-        return loss
-
-    return (args, {**kwargs, "closure": watched}) if "closure" in kwargs else ((args[0], watched, *args[2:]), kwargs)
-
-
 CORRECTIONS: WeakKeyDictionary[Optimizer, Corrections] = WeakKeyDictionary()
 
 
 def register(
-    optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, steps: Sequence[int], axes: UnitAxes = ROWS
+    optimizer: Optimizer,
+    family: Family,
+    parameter: nn.Parameter,
+    rows: Tensor,
+    steps: Sequence[int],
+    axes: UnitAxes = ROWS,
 ) -> list[Change]:
     """Plan the changes that enter rows among the young of an optimizer, born at `steps`, with the hooks they need.
 
@@ -176,23 +250,10 @@ def register(
     """
     assert rows.numel() == len(steps), "one birth for each row"
     _refuse_other_axes(optimizer, parameter, axes)
-    births = torch.tensor(steps, dtype=_dtype_of_births(parameter), device=parameter.device)
+    dtype = torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
+    births = torch.tensor(steps, dtype=dtype, device=parameter.device)
     enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0), axes)
-    return [*install(optimizer, CORRECTIONS, Corrections), enter]
-
-
-def has_young(optimizer: Optimizer, parameter: nn.Parameter, group: Group, births: Sequence[int]) -> bool:
-    """Whether the next step would correct any of the rows born at these counts of the optimizer's, if it had hooks."""
-    rows, born = torch.arange(len(births)), torch.tensor(births, dtype=_dtype_of_births(parameter))
-    young = Young.of(parameter, rows.to(parameter.device), born.to(parameter.device), max(births), ROWS)
-    if not len(young.rows):
-        return False
-    still = _young_now(optimizer, parameter, group, young)
-    return still is not None and bool(len(still.rows))
-
-
-def _dtype_of_births(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
+    return [*install(optimizer, CORRECTIONS, functools.partial(Corrections, family)), enter]
 
 
 def _refuse_other_axes(optimizer: Optimizer, parameter: nn.Parameter, axes: UnitAxes) -> None:
@@ -245,7 +306,7 @@ class _Enter:
 # -- what is corrected -----------------------------------------------------------------------------------------------
 
 
-def _correct_dampening(
+def correct_dampening(
     optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Young, sweep: bool
 ) -> Young | None:
     """SGD's first gradient enters the buffer undamped, later ones times `1 - dampening`: undo that once.
@@ -264,7 +325,7 @@ def _correct_dampening(
     return None
 
 
-def _correct_bias(
+def correct_bias(
     optimizer: Optimizer,
     parameter: nn.Parameter,
     group: Group,
@@ -282,7 +343,7 @@ def _correct_bias(
     if "step" not in state:
         return young
     step = _count(state["step"], young.births)
-    is_due = _is_due(young, step, group)
+    is_due = _is_due(young, step)
     if is_due is not False:
         square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         is_decoupled = group.get("decoupled_weight_decay", is_decoupled)
@@ -290,22 +351,33 @@ def _correct_bias(
         if isinstance(is_due, Tensor):
             moved = torch.where(young.over(is_due, moved), moved.to(parameter), young.select(parameter))
         young.write(parameter, moved)
-    return _still_young(parameter, young, group, step) if sweep and isinstance(step, Tensor) else young
+    return _still_young(parameter, young, group, step) if sweep and is_due is not False else young
 
 
-def _is_due(young: Young, step: float | Tensor, group: Group) -> bool | Tensor:
-    """Whether the step counted; on the device for each row, (r,), and not for those that have grown up.
+def correct_by_replay(
+    optimizer: Optimizer, parameter: nn.Parameter, group: Group, young: Young, sweep: bool, *, shared: Shared
+) -> Young | None:
+    """Take the young rows' step anew, as rows of their age."""
+    assert young.before is not None, "the step hooks come in pairs"
+    is_due = replay(shared, optimizer, parameter, group, young, young.before)
+    if not (is_due and sweep):
+        return young
+    step = float(shared.counted(optimizer.state.get(parameter, {}), group))
+    ages = step - young.births.double().cpu().numpy()
+    return _staying(parameter, young, torch.from_numpy(shared.matters(ages, step, group)).to(young.births.device))
 
-    Nor for those born after the step before: they belong to a state that was replaced, and their births become NaN,
-    so that they never fall due.
+
+def _is_due(young: Young, step: float | Tensor) -> bool | Tensor:
+    """Whether the step counted; on the device for each row, (r,), and not for those born after the step before.
+
+    Those belong to a state that was replaced: their births become NaN, so that they never fall due.
     """
     assert young.step is not None, "the step hooks come in pairs"
     counted = step - young.step == 1
     if isinstance(counted, bool):
         return counted
     young.births.masked_fill_(young.births > young.step, torch.nan)
-    ages = step - young.births
-    return (ages >= 1) & (ages < _grown_up_at(group, young)) & counted
+    return (step - young.births >= 1) & counted
 
 
 def _adam_update(
@@ -350,31 +422,27 @@ def _rate_and_eps(group: Group, young: Young, step: float | Tensor) -> tuple[Any
     return rate, eps
 
 
-def _without_grown_up(parameter: nn.Parameter, young: Young, group: Group, step: float) -> Young | None:
-    """Return the rows that the step after `step` corrects; None when there are none."""
-    last = step + 1 - _grown_up_at(group, young)
-    if float(np.min(young.host_births, initial=math.inf)) > last:
-        return young
-    return young.staying(parameter, young.births > last, young.latest) if young.latest > last else None
+def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: float | Tensor) -> Young | None:
+    """Return the rows whose corrections still differ from their parameter's; None when there are none."""
+    stays = _biases_differ(young.births, step, group) & ~young.births.isnan()
+    return _staying(parameter, young, stays)
 
 
-def _still_young(parameter: nn.Parameter, young: Young, group: Group, step: Tensor) -> Young | None:
-    """The same where the device has the count, for which the host waits; also without those that were forgotten."""
-    stays = (young.births > step + 1 - _grown_up_at(group, young)) & ~young.births.isnan()
+def _staying(parameter: nn.Parameter, young: Young, stays: Tensor) -> Young | None:
     if bool(stays.all()):
         return young
-    return young.staying(parameter, stays, young.latest) if bool(stays.any()) else None
+    if not bool(stays.any()):
+        return None
+    return young.staying(parameter, stays, young.latest)
 
 
-def _grown_up_at(group: Group, young: Young) -> float:
-    """Return the age from which a row's bias corrections are 1 to rounding, so that it needs no correction any more.
-
-    It goes by the betas alone, so that a row is corrected in the same steps whether or not the hooks, or the process,
-    have been there all along.
-    """
-    tolerance = 1e-15 if young.births.dtype is torch.float64 else 1e-7
-    betas = [float(beta) for beta in group["betas"]]
-    return max(math.log(tolerance) / math.log(beta) if beta > 0 else 1.0 for beta in betas)
+def _biases_differ(births: Tensor, step: float | Tensor, group: Group) -> Tensor:
+    """For rows born then, (r,), whether the corrections at their ages differ from those at `step`; (r,) bool."""
+    tolerance = 1e-15 if births.dtype is torch.float64 else 1e-7
+    ages, full_ages = step - births, step - torch.zeros_like(births)
+    betas = [_on(beta, births) for beta in group["betas"]]
+    differ = torch.stack([1 - _bias(beta, ages) / _bias(beta, full_ages) > tolerance for beta in betas])
+    return differ.any(dim=0)
 
 
 def _bias(beta: float | Tensor, ages: Any) -> Any:
@@ -397,12 +465,3 @@ def _on(scalar: Any, like: Tensor) -> Any:
     if isinstance(scalar, Tensor) and scalar.device.type != "cpu":
         return scalar.detach().to(like).reshape(())
     return float(scalar.detach()) if isinstance(scalar, Tensor) else float(scalar)
-
-
-# A new family is a new row. No bias correction, no note: the scratch state is all that RMSprop needs.
-_FAMILIES: dict[type[Optimizer], Family] = {
-    SGD: Family(_correct_dampening, first_step=True),
-    Adam: Family(_correct_bias, ages=True),
-    AdamW: Family(functools.partial(_correct_bias, is_decoupled=True), ages=True),
-    RMSprop: Family(),
-}

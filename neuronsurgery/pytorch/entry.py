@@ -13,25 +13,37 @@ from neuronsurgery.composites import Composites
 from neuronsurgery.evidence import Evidence
 from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.inspecting import check
+from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
+from neuronsurgery.pytorch.state import accept, restore
+from neuronsurgery.pytorch.watching import ages_of, watch
 from neuronsurgery.sites import Sites
 
 __all__ = [
+    "accept",
     "ages",
+    "attach",
+    "check",
+    "check_mirrors",
     "check_source",
     "composites",
     "discover",
     "measure",
+    "mirror",
     "observe",
     "operate",
     "probe",
+    "restore",
     "seed",
     "undo",
+    "watch",
 ]
 
 
@@ -57,22 +69,11 @@ def check_source(evidence: Evidence, model: nn.Module) -> None:
 
 
 def ages(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None) -> dict[str, dict[int, int]]:
-    """Optimizer steps since the latest operation on each composite unit, where they are counted.
-
-    Units whose birth lies ahead of the count are left out, and so count as old: they were born before an optimizer or a
-    clock that was not saved with them was started anew.
-    """
+    """Optimizer steps since the latest operation on each composite unit, where they are counted."""
     optimizers = optimizer_state.as_optimizers(optimizer)
     if not optimizers or not banks_of(unwrap(model)):
         return {}
-    found: dict[str, dict[int, int]] = {}
-    for name, place in survey(unwrap(model)).places.items():
-        now = optimizer_state.age_clock(optimizers, place.weight)
-        if place.bank is None or now is None:
-            continue
-        births = {m.unit: m.births[0] for m in place.bank.rows.members()}  # in order: the latest operation stays
-        found[name] = {unit: now - born for unit, born in births.items() if 0 <= born <= now}
-    return found
+    return ages_of(survey(unwrap(model)), optimizers)
 
 
 def seed(model: nn.Module, generator: torch.Generator | None) -> int:

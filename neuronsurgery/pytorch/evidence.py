@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +29,27 @@ from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import listening
 from neuronsurgery.pytorch.transaction import run
 
-__all__ = ["check_source", "evidence_of_gradients", "example_outputs", "observe", "probe"]
+__all__ = [
+    "ACTIVATIONS",
+    "Clock",
+    "Scaling",
+    "check_source",
+    "evidence_of_gradients",
+    "example_outputs",
+    "gradients_of",
+    "observe",
+    "probe",
+    "record_step",
+    "tapped",
+]
+
+ACTIVATIONS = frozenset({Quantity.ACTIVATION, Quantity.ACTIVATION_GRADIENT})
+"""What is measured through taps; the other quantities are read from gradients alone."""
 
 
 def evidence_of_gradients(discovery: Discovery) -> Evidence:
@@ -42,15 +58,15 @@ def evidence_of_gradients(discovery: Discovery) -> Evidence:
     Raises:
         EvidenceError: no site's weight has a gradient.
     """
-    present = _gradients(discovery.places)
-    if discovery.places and not present:
+    present = gradients_of(discovery.learning)
+    if discovery.learning and not present:
         raise EvidenceError(
-            f"no gradients are present: all {len(discovery.places)} sites' weights have .grad None. Call "
+            f"no gradients are present: all {len(discovery.learning)} sites' weights have .grad None. Call "
             "loss.backward() first, or measure with surgery.observe(model, optimizer) in training or "
             "surgery.probe(model, batches, loss_fn), and pass evidence="
         )
     evidence = Evidence(discovery.sites, source=weakref.ref(discovery.model))
-    evidence.record_step(_norms(discovery.places, present))
+    evidence.record_step(_norms(discovery.learning, present))
     return evidence
 
 
@@ -82,14 +98,45 @@ def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, 
     }
 
 
-def _record_step(evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor]) -> None:
-    norms = _norms(places, gradients)
+def record_step(
+    evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor], scaling: Scaling | None = None
+) -> None:
+    """One step; the gradients are `scaling.scale` times as large as they should be, and count if none overflowed."""
+    scaling = scaling or Scaling()
+    norms = {name: (w, scaling.unscaled(g)) for name, (w, g) in _norms(places, gradients).items()}
     if norms:
         flags = [g.isfinite().all() for _, g in norms.values()]  # stay on the device: nothing waits for it
+        if scaling.found_inf is not None:
+            flags.append(scaling.found_inf.reshape(()) == 0)
         evidence.record_step(norms, usable=torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
-def _gradients(places: dict[str, Place]) -> dict[str, Tensor]:
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """How a gradient scaler left the gradients: 0-d tensors, or None where there is nothing to know."""
+
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @staticmethod
+    def of_optimizer(optimizer: Optimizer) -> Scaling:
+        """What `torch.amp.GradScaler` tells an optimizer that unscales by itself, as fused ones do, while it steps.
+
+        Others are called only with gradients that are unscaled and finite.
+        """
+        return Scaling(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    @staticmethod
+    def of_scaler(scaler: Any, device: torch.device) -> Scaling:
+        """The scale that losses are multiplied by now, asked for in a way that does not wait for the device."""
+        return Scaling() if scaler is None else Scaling(scaler.scale(torch.ones((), device=device)))
+
+    def unscaled(self, values: Tensor) -> Tensor:
+        """The values divided by the scale."""
+        return values if self.scale is None else values / self.scale.to(values)
+
+
+def gradients_of(places: dict[str, Place]) -> dict[str, Tensor]:
     """The gradients that the weights of these places hold now."""
     return {name: place.weight.grad for name, place in places.items() if place.weight.grad is not None}
 
@@ -104,22 +151,26 @@ def observe(
     *,
     every: int = 1,
     sites: Collection[str] = (),
+    needs: Collection[Quantity] = frozenset(Quantity),
+    scaler: Any = None,
 ) -> Iterator[Evidence]:
     """Measure while the model trains; see `neuronsurgery.surgery.observe`."""
     if every < 1:
         raise EvidenceError(f"every={every}: measure every first, second, ... step, so pass 1 or more")
     model = unwrap(model)
     discovery = discover(model, include=sites)
+    check_banks_in_place(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(model.named_parameters()))
     evidence = Evidence(discovery.sites, source=weakref.ref(model))
     clock = Clock(every)
     with ExitStack() as stack:
-        stack.enter_context(tapped(discovery, evidence, clock))
+        if ACTIVATIONS & set(needs):
+            stack.enter_context(tapped(discovery, evidence, clock, scaler))
         if optimizers:
             stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock))
         else:
-            stack.enter_context(_after_backward(discovery, evidence, clock))
+            stack.enter_context(_after_backward(discovery, evidence, clock, scaler))
         yield evidence
 
 
@@ -142,11 +193,11 @@ def _after_optimizer_steps(
 
     def reader(optimizer: Optimizer) -> Callable[..., None]:
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        places = {name: place for name, place in discovery.places.items() if id(place.weight) in owned}
+        places = {name: place for name, place in discovery.learning.items() if id(place.weight) in owned}
 
         def read(*_: Any) -> None:
             if clock.is_on:
-                _record_step(evidence, places, _gradients(places))
+                record_step(evidence, places, gradients_of(places), Scaling.of_optimizer(optimizer))
             if optimizer is optimizers[-1]:
                 clock.step += 1
 
@@ -157,14 +208,15 @@ def _after_optimizer_steps(
 
 
 @contextmanager
-def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[None]:
+def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any) -> Iterator[None]:
     """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
     pending: list[bool] = []
 
     def finish() -> None:
         pending.clear()
-        if clock.is_on:
-            _record_step(evidence, discovery.places, _gradients(discovery.places))
+        if clock.is_on and (gradients := gradients_of(discovery.learning)):
+            scaling = Scaling.of_scaler(scaler, next(iter(gradients.values())).device)
+            record_step(evidence, discovery.learning, gradients, scaling)
         clock.step += 1
 
     def arrived(_: Tensor) -> None:
@@ -174,7 +226,7 @@ def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock) -> I
 
     handles = [
         place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
-        for place in discovery.places.values()
+        for place in discovery.learning.values()
     ]
     with _installed(handles):
         yield
@@ -194,9 +246,11 @@ def _installed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(discovery: Discovery, evidence: Evidence, clock: Clock) -> Iterator[None]:
+def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any = None) -> Iterator[None]:
     """Let the activations of every site flow through taps for as long as the context is open."""
-    sinks = {id(place.weight): SiteSink(name, place, evidence, clock) for name, place in discovery.places.items()}
+    sinks = {
+        id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.learning.items()
+    }
     try:
         with listening(sinks):
             _rewrite(discovery)
@@ -214,8 +268,8 @@ def _rewrite(discovery: Discovery) -> None:
 class SiteSink:
     """Adds the activations of one site, and the gradients that arrive at them, to the evidence."""
 
-    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock) -> None:
-        self.name, self.evidence, self.clock = name, evidence, clock
+    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock, scaler: Any) -> None:
+        self.name, self.evidence, self.clock, self.scaler = name, evidence, clock, scaler
         self.place = place
         self.offset = len(place.path.links)
 
@@ -231,6 +285,8 @@ class SiteSink:
     def add(self, values: Tensor, axes: tuple[int, ...], quantity: Quantity) -> None:
         by_unit = _by_unit(self.place, values.abs(), axes)
         total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
+        if quantity is Quantity.ACTIVATION_GRADIENT:
+            total = Scaling.of_scaler(self.scaler, total.device).unscaled(total)
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
         self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
@@ -258,8 +314,9 @@ def probe(
         )
     inner = unwrap(model)
     discovery = discover(inner, include=sites)
+    check_banks_in_place(discovery)
     evidence = Evidence(discovery.sites, source=weakref.ref(inner))
-    weights = {name: place.weight for name, place in discovery.places.items()}
+    weights = {name: place.weight for name, place in discovery.learning.items()}
     with left_alone(inner), tapped(discovery, evidence, Clock(1)):
         for batch in batches:
             with torch.enable_grad():
@@ -267,7 +324,7 @@ def probe(
             _check_loss(loss)
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             present = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
-            _record_step(evidence, discovery.places, present)
+            record_step(evidence, discovery.learning, present)
     if evidence.num_steps + evidence.num_skipped == 0:
         raise EvidenceError(
             "probe found no batch, or none whose loss depends on a site's weights; nothing was measured"

@@ -7,23 +7,33 @@ accumulator, averages that start at the weights); one mechanism serves the known
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.shared_entries import Group, group_rules, number
 from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 from neuronsurgery.pytorch.wrappers import COPIES
 
-__all__ = ["Refresh", "fresh_rows", "is_shared", "learning", "own_step", "refuse_coupled", "scratch_of"]
+__all__ = [
+    "Group",
+    "Refresh",
+    "fresh_rows",
+    "is_shared",
+    "own_step",
+    "refresh_coupled",
+    "refuse_coupled",
+    "scratch_optimizer",
+    "scratch_options",
+]
+
+Group = dict[str, Any]
 
 
 class Refresh:
@@ -51,8 +61,6 @@ def fresh_rows(
     optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes = ROWS
 ) -> list[tuple[Tensor, Tensor]]:
     """Return (state tensor of the parameter's shape, its fresh rows (r, *row_shape)) for each such tensor."""
-    for key, entry in optimizer.state[parameter].items():
-        _refuse_packed(optimizer, key, entry)
     weights = axes.take(parameter.detach(), rows.to(parameter.device))
     _, fresh = _scratch_step(optimizer, group, weights, torch.zeros_like(weights))
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -72,6 +80,27 @@ def fresh_rows(
     return pairs
 
 
+def refresh_coupled(
+    optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes, means: Collection[str]
+) -> list[WriteRows]:
+    """Plan the writes for a class that couples rows: these entries take the other rows' mean, momentum becomes zero."""
+    if axes != ROWS:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} couples the rows of a parameter of shape {tuple(parameter.shape)}, and its "
+            f"units are not along axis 0 but along {axes}; {_ELEMENT_WISE}"
+        )
+    writes = []
+    for key, entry in optimizer.state[parameter].items():
+        if key in means:
+            others = torch.ones(len(entry), dtype=torch.bool, device=entry.device)
+            others[rows] = False
+            mean = entry[others].mean(0) if bool(others.any()) else entry.mean(0)
+            writes.append(WriteRows(entry, rows, mean.expand(len(rows), *entry.shape[1:])))
+        elif isinstance(entry, Tensor) and entry.shape == parameter.shape:
+            writes.append(WriteRows(entry, rows, torch.zeros_like(entry[rows])))
+    return writes
+
+
 def is_shared(key: str, entry: object, parameter: Tensor) -> bool:
     """Whether a state entry belongs to the whole parameter: a number, or a tensor of one element."""
     if isinstance(entry, Tensor):
@@ -79,15 +108,12 @@ def is_shared(key: str, entry: object, parameter: Tensor) -> bool:
     return entry is None or isinstance(entry, (int, float, complex, str))
 
 
-def _refuse_packed(optimizer: Optimizer, key: str, entry: object) -> None:
-    if isinstance(entry, Tensor) and is_traceable_wrapper_subclass(entry) and type(entry).__name__ != "DTensor":
-        raise OptimizerError(
-            f"{type(optimizer).__name__} packs its state {key!r} ({type(entry).__name__}): its numbers share scales, "
-            f"so that rows cannot be overwritten without changing others. {_ELEMENT_WISE}"
-        )
-
-
 def _refuse_shape(optimizer: Optimizer, key: str, entry: object, parameter: nn.Parameter) -> None:
+    if isinstance(entry, Tensor) and type(entry) not in (Tensor, nn.Parameter):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} keeps its state {key!r} of a parameter of shape {tuple(parameter.shape)} as "
+            f"{type(entry).__name__}, which cannot be read and written row by row. {_ELEMENT_WISE}"
+        )
     if isinstance(entry, Tensor) and entry.shape == parameter.shape:
         return
     found = f"shape {tuple(entry.shape)}" if isinstance(entry, Tensor) else f"type {type(entry).__name__}"
@@ -142,16 +168,21 @@ def _shown_of(
     These are the kept weights, and what all rows share; to know its own state would not help a row that is kept.
     """
     parameter, beside = nn.Parameter(weights.clone()), nn.Parameter(weights.clone())
-    with learning(optimizer, weights):
-        scratch = scratch_of(optimizer, group, parameter, beside)
+    with _learning(optimizer, weights):
+        scratch = scratch_optimizer(optimizer, group, parameter, beside)
         for gradient, scale in zip(gradients, scales, strict=True):
             parameter.grad = torch.where(kept, gradient, gradient * scale)
             beside.grad = gradient * scale
             own_step(type(optimizer))(scratch)
     state = scratch.state.get(parameter, {})
     shared = [entry for key, entry in state.items() if is_shared(key, entry, weights)]
-    numbers = [number(entry) for entry in [*shared, *scratch.param_groups[0].values()]]
-    return [parameter.detach()[kept], torch.tensor([one for one in numbers if one is not None])]
+    numbers = [*shared, *scratch.param_groups[0].values()]
+    values = [float(one) for one in numbers if _is_number(one)]
+    return [parameter.detach()[kept], torch.tensor(values)]
+
+
+def _is_number(entry: Any) -> bool:
+    return isinstance(entry, (int, float)) or (isinstance(entry, Tensor) and entry.numel() == 1)
 
 
 def _scratch_step(
@@ -164,52 +195,51 @@ def _scratch_step(
     """
     parameter = nn.Parameter(weights.clone())
     parameter.grad = gradient.clone()
-    with learning(optimizer, weights):
-        settled = {**group, "weight_decay": 0.0} if "weight_decay" in group else group
-        scratch = scratch_of(optimizer, settled, parameter)
+    with _learning(optimizer, weights):
+        scratch = scratch_optimizer(optimizer, group, parameter)
         own_step(type(optimizer))(scratch)
     return parameter.detach(), scratch.state.get(parameter, {})
 
 
 @contextmanager
-def learning(optimizer: Optimizer, like: Tensor) -> Iterator[None]:
+def _learning(optimizer: Optimizer, like: Tensor) -> Iterator[None]:
     """Leave the random state as it was, and name the optimizer whose class failed on a scratch parameter."""
     with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):
         try:
             yield
         except Exception as error:
-            name = type(optimizer).__name__
             raise OptimizerError(
-                f"the state that {name} gives a fresh parameter cannot be learned: building one from "
-                "its parameter group and stepping on a scratch copy failed with "
-                f"{type(error).__name__}: {error}. If it wraps another optimizer, pass that one. " + _ELEMENT_WISE
+                f"the state that {type(optimizer).__name__} gives a fresh parameter cannot be learned: building one "
+                f"from its parameter group and stepping on a scratch copy failed with {type(error).__name__}: {error}. "
+                + _ELEMENT_WISE
             ) from error
 
 
-def scratch_of(optimizer: Optimizer, group: Group, *parameters: nn.Parameter) -> Optimizer:
-    """Build an optimizer of the same class and settings on scratch parameters, as one that has taken no step."""
-    cls, options = type(optimizer), _scratch_options(group)
+def scratch_optimizer(optimizer: Optimizer, group: Group, *parameters: nn.Parameter) -> Optimizer:
+    """An optimizer of the same class on scratch parameters, with the settings of a group but for weight decay."""
+    cls, options = type(optimizer), scratch_options(group)
     accepted = _accepted_options(cls)
     scratch = cls(list(parameters), **{key: entry for key, entry in options.items() if key in accepted})
     scratch.param_groups[0].update(options)
-    for name, entry in vars(optimizer).items():  # settings that are kept beside the groups
+    for name, entry in vars(optimizer).items():  # settings that a class keeps beside its groups
         if isinstance(entry, (bool, int, float, str, tuple)) and name in vars(scratch) and not name.startswith("_"):
             setattr(scratch, name, entry)
-    switch = getattr(scratch, "train", None)  # schedule-free optimizers refuse to step otherwise
-    if callable(switch):
-        switch()
     return scratch
 
 
-def _scratch_options(group: Group) -> Group:
+def scratch_options(group: Group, *, keeps_decay: bool = False) -> Group:
+    """The settings of a group for a step on a scratch copy: plain kernels, which take all they are given."""
     options = {key: option for key, option in group.items() if key not in ("params", "param_names")}
     for key, option in options.items():
         if isinstance(option, Tensor):
             options[key] = option.detach().clone()
-    options |= {key: rule(group, 0) for key, rule in group_rules(group).items()}
-    if "differentiable" in options:
-        options["differentiable"] = False  # leaves cannot be written in place with autograd on
-    return options
+    if "weight_decay" in options and not keeps_decay:
+        options["weight_decay"] = 0.0
+    return options | {key: value for key, value in _PLAIN.items() if key in options}
+
+
+# A schedule-free optimizer is told when it trains, and refuses to step otherwise.
+_PLAIN = {"foreach": False, "fused": None, "capturable": False, "differentiable": False, "train_mode": True}
 
 
 def _accepted_options(cls: type[Optimizer]) -> set[str]:

@@ -328,7 +328,7 @@ class Norm(AxesAsTheyAre):
         """The reference: what the statistics are taken of."""
         if self.name == "group_norm":
             _check_axis(rows, axis, self.name)
-        return laid_out_as(torch.cat([slots, rows], axis).index_select(axis, table.reference), slots)
+        return laid_out_as(torch.cat([slots, rows], axis).index_select(axis, table.reference.to(slots.device)), slots)
 
     def leave(
         self,
@@ -345,9 +345,10 @@ class Norm(AxesAsTheyAre):
         mean, scale = self._statistics(received, axis)
         own = [value if value.dim() == 1 else value.movedim(axis, 0) for value in own]
         active = self._normalized(slots, mean, scale, own, axis).to(result.dtype)
-        is_untouched = along(table.reference < table.num_units, axis)
+        is_untouched = along(table.reference.to(slots.device) < table.num_units, axis)
         if self.name == "group_norm":
-            mean, scale = mean.index_select(axis, table.units), scale.index_select(axis, table.units)
+            units = table.units.to(slots.device)
+            mean, scale = mean.index_select(axis, units), scale.index_select(axis, units)
         passed = self._normalized(rows, mean, scale, values, axis).to(result.dtype)
         return torch.where(is_untouched, result, active), passed  # laid out as the first: dropout draws in that order
 

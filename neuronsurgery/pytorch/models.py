@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.errors import ModelError
 
 __all__ = ["check_model", "left_alone", "random_states_kept", "run_model", "unwrap"]
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -20,15 +20,18 @@ from neuronsurgery.composites import Rows
 from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
-from neuronsurgery.pytorch.composites import PASSED_BY, Composite
+from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
+from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sites import Discovery, discover
+from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
-from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetItem, WriteRows, run
+from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
 
 __all__ = ["banked_names", "banks_of", "next_operation", "operate", "undo"]
@@ -51,9 +54,13 @@ def operate(
     check_drawing(init, generator)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
+    check_banks_in_place(discovery)
+    check_paths(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
+    if not optimizers:  # a target: what has an optimizer trains by itself
+        refuse_offsets({name: discovery.places[name] for name, units in plan.units.items() if units})
     operation = next_operation(model)
     before = num_weights(model)
     state = None if generator is None else generator.get_state()
@@ -98,8 +105,8 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         ModelError: weights that are not finite.
     """
     for name, units in plan.units.items():
-        if name not in discovery.places:
-            reason = discovery.declined.get(name, "the model has no producer of that name")
+        if name not in discovery.learning:
+            reason = discovery.sites.declined.get(name, "the model has no producer of that name")
             raise PlanError(f"the plan operates on {name!r}, which is no site of this model: {reason}")
         place = discovery.places[name]
         if name in plan.sites and plan.sites[name].num_units != place.site.num_units:
@@ -139,12 +146,13 @@ def graft(
     bank = _extended_bank(place, chosen, fresh, operation, _births(place, optimizers))
     bank.train(place.owners[0][0].training)
     error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
-    changes = [*_slot_changes(place, chosen, fresh, optimizers), *_bank_changes(place, bank)]
+    changes = [*_slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawing_notes)
     for slots in place.renewed:
         if slots is not None and (parameter := slots.parameter) is not None:
             changes += optimizer_state.start_clocks(optimizers, parameter)
             notes += optimizer_state.notes(optimizers, parameter)
+    changes.append(FollowClocks(place, optimizers))
     return Graft(place, changes, error, notes)
 
 
@@ -207,25 +215,6 @@ def _slot_changes(
             yield from optimizer_state.births(optimizers, parameter, units, [step] * len(units), axes)
 
 
-def _bank_changes(place: Place, bank: Composite) -> Iterator[Change]:
-    """Hang the new bank, or bring the old one up to it: in place wherever the capacity suffices."""
-    old = place.bank
-    if old is None:
-        for owner, name in place.owners:
-            yield SetItem(owner._modules, name, bank)
-        for module in place.passed_modules:
-            sites = module.__dict__.get(PASSED_BY, frozenset())
-            yield SetItem(vars(module), PASSED_BY, sites | {bank.site})
-        return
-    for name, value in bank._buffers.items():
-        current = old._buffers[name]
-        if current is not None and value is not None and current.shape == value.shape:
-            yield Overwrite(current, value)
-        else:
-            yield SetItem(old._buffers, name, value)
-    yield SetItem(vars(old), "rows", bank.rows)
-
-
 def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
     seen: set[str] = set()
     for note in (note for each in grafts for note in each.notes):
@@ -253,6 +242,7 @@ def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Op
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
     check_undo(report, discovery)
+    check_banks_in_place(discovery)
     before = num_weights(model)
     changes: list[Change] = []
     emptied: set[str] = set()
@@ -320,16 +310,12 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
     yield from _slot_changes(place, restored, old, optimizers)
     kept = bank.rows.kept(~mask)
     if len(kept) == 0:
-        for owner, name in place.owners:
-            yield RemoveItem(owner._modules, name)
-        for module in place.passed_modules:
-            left = module.__dict__.get(PASSED_BY, frozenset()) - {bank.site}
-            yield SetItem(vars(module), PASSED_BY, left) if left else RemoveItem(vars(module), PASSED_BY)
+        yield from take_down(place)
         return
     keep = torch.from_numpy(np.flatnonzero(~mask)).to(place.weight.device)
     values = [None if value is None else value.index_select(0, keep) for value in live]
     smaller = Composite(place.product, place.path, place.site.num_units, kept, values, place.recipe)
-    yield from _bank_changes(place, smaller)
+    yield from hang(place, smaller)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------

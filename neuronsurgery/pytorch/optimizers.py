@@ -10,26 +10,31 @@ belongs to all rows and is never touched. Three things are done:
 - `start_clocks` counts the steps of optimizers that do not (`step_hooks`), so that operated units have an age.
 
 Everything else (parameter groups, state keys, the tensors themselves, all other elements) stays as it is.
-The hooks live on the optimizer, and neither a copy nor a pickle of it has them: `start_clocks` and `resume` install
+The hooks live on the optimizer, and neither a copy nor a pickle of it has them: `births` and `start_clocks` install
 them again. Where they have yet to be installed, an operation inside a hook of the step is refused (`step_hooks`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
-from neuronsurgery.pytorch.corrections import CORRECTIONS, family_of, has_young, register
-from neuronsurgery.pytorch.coupled import coupled_of, refresh_coupled
-from neuronsurgery.pytorch.fresh_state import Refresh, fresh_rows, refuse_coupled
-from neuronsurgery.pytorch.replaying import learn
-from neuronsurgery.pytorch.shared_entries import Group, count_of
-from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, SetClock, install
+from neuronsurgery.pytorch.corrections import CORRECTIONS, Family, register
+from neuronsurgery.pytorch.families import family_of, is_known, trial_of
+from neuronsurgery.pytorch.fresh_state import (
+    Group,
+    Refresh,
+    fresh_rows,
+    is_shared,
+    refresh_coupled,
+    refuse_coupled,
+)
+from neuronsurgery.pytorch.step_hooks import CLOCKS, Clock, install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 from neuronsurgery.pytorch.wrappers import inner_of, refresh_wrapper, unwrapped
@@ -41,7 +46,7 @@ __all__ = [
     "births",
     "check_owners",
     "current_step",
-    "missing_hooks",
+    "lacks_corrections",
     "notes",
     "refresh",
     "resume",
@@ -106,10 +111,9 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
     """Return what the ages of a parameter's rows are counted by, in steps: its owner's count, else that of a clock.
 
     None when nothing counts: no optimizer owns the parameter, or its owner's clock has not been started. A clock
-    starts at 0 with the first operation, or where `start_clocks` says; the optimizer does not save it. Where it starts
-    anew after a resume, the births of earlier operations may lie ahead of it. Units born ahead of the clock have no
-    known age. (Once it has caught up with such a birth the unit is taken for young again, and passed over for one
-    more cooldown.)
+    starts at 0 with the first operation and is not saved: after a resume it starts anew with the next one, so the
+    births of earlier operations may lie ahead of it. Units born ahead of the clock have no known age. (Once it has
+    caught up with such a birth the unit is taken for young again, and passed over for one more cooldown.)
 
     >>> import torch
     >>> layer = nn.Linear(2, 3)
@@ -118,7 +122,6 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
     True
     >>> for change in start_clocks([sgd], layer.weight):
     ...     change.apply()
-    >>> layer(torch.ones(1, 2)).sum().backward()
     >>> sgd.step()
     >>> age_clock([sgd], layer.weight)
     1
@@ -128,8 +131,7 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
     if counting is not None:
         return _step(counting, parameter)
     # Of several clocks the one ahead, so that starting another one later takes nothing back.
-    clocks = (CLOCKS[optimizer].num_steps.get(parameter) for optimizer in owners if optimizer in CLOCKS)
-    return max((count for count in clocks if count is not None), default=None)
+    return max((CLOCKS[optimizer].num_steps for optimizer in owners if optimizer in CLOCKS), default=None)
 
 
 def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int | None:
@@ -142,19 +144,31 @@ def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int 
 
 
 def start_clocks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, at: int = 0) -> list[Change]:
-    """Plan the changes that let the steps of a parameter's optimizers be counted, where they count none themselves.
+    """Plan the changes that let the steps of a parameter's optimizers be counted from `at`, where nothing counts yet.
 
-    `at`: what the parameter's clock shows then: 0 starts one where none runs; above 0, after a resume, also one that
-    runs is set. Raises `OptimizerError` between the hooks of a step, where torch lets none be added, before anything
-    changes.
+    Raises `OptimizerError` between the hooks of a step, where torch lets none be added, before anything changes.
     """
-    owners = [optimizer for optimizer, _ in _owners(optimizers, parameter)]
-    is_running = age_clock(optimizers, parameter) is not None
-    if any(_counts(optimizer, parameter) for optimizer in owners) or (is_running and not at):
+    if age_clock(optimizers, parameter) is not None:
         return []
-    changes: list[Change] = []
-    for optimizer in owners:
-        changes += [*install(optimizer, CLOCKS, Clock), SetClock(optimizer, parameter, at)]
+    clock = functools.partial(Clock, at)
+    return [change for optimizer, _ in _owners(optimizers, parameter) for change in install(optimizer, CLOCKS, clock)]
+
+
+def resume(
+    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, births: Sequence[int], axes: UnitAxes = ROWS
+) -> list[Change]:
+    """Plan the changes that register rows as they would be, had the process that operated on them not ended.
+
+    `births`: r values of `birth_step` at surgery, of which the clocks have to be started before.
+    """
+    changes = register_births(optimizers, parameter, rows, births, axes)
+    now = age_clock(optimizers, parameter)
+    newest = torch.tensor([born == now for born in births], dtype=torch.bool, device=rows.device)
+    for optimizer, group in _owners(optimizers, parameter):
+        family = family_of(optimizer)
+        if family is not None and family.first_step and group.get("dampening") and optimizer.state.get(parameter):
+            due = rows[newest]
+            changes += register(optimizer, family, parameter, due, [1] * due.numel(), axes) if due.numel() else []
     return changes
 
 
@@ -179,21 +193,23 @@ def refresh(
     """
     changes: list[Change] = []
     for wrapper in optimizers:
-        if inner_of(wrapper) is not None and rows.numel():
+        inner = inner_of(wrapper)
+        if inner is not None and wrapper.state is not inner.state and rows.numel():
             changes += refresh_wrapper(wrapper, parameter, rows, axes)
     for optimizer, group in _owners(optimizers, parameter):
         if not optimizer.state.get(parameter) or not rows.numel():
             continue
-        coupled = coupled_of(optimizer)
-        if coupled is not None:
-            changes += refresh_coupled(optimizer, coupled, parameter, rows, axes)
-            continue
         family = family_of(optimizer)
+        if family is not None and family.coupling:
+            changes += refresh_coupled(optimizer, parameter, rows, axes, family.means)
+            continue
         fresh_rows(optimizer, group, parameter, rows, axes)
-        if family is None:
+        if not is_known(optimizer):
             refuse_coupled(optimizer, group, parameter, axes)
+            _refuse_excess(optimizer)
         changes.append(Refresh(optimizer, group, parameter, rows, axes))
-        changes += _first_steps(optimizer, group, parameter, rows, axes)
+        if family is not None and family.first_step and group.get("dampening"):
+            changes += register(optimizer, family, parameter, rows, [1] * rows.numel(), axes)
     return changes
 
 
@@ -212,101 +228,74 @@ def births(
     owner's step wait for a state to be loaded; the next step forgets them. Raises `OptimizerError` as
     `start_clocks` does, and where the parameter has young rows under other axes.
     """
-    return _entered(optimizers, parameter, rows, steps, axes)
-
-
-def _entered(
-    optimizers: Sequence[Optimizer], parameter: nn.Parameter, rows: Tensor, steps: Sequence[int], axes: UnitAxes
-) -> list[Change]:
     now = current_step(optimizers, parameter)
     changes: list[Change] = []
     for optimizer, group in _owners(optimizers, parameter):
-        step = _step(optimizer, parameter)
-        if step is None or now is None:
+        family, step = family_of(optimizer), _step(optimizer, parameter)
+        if family is None or not family.ages or step is None or now is None:
             continue
-        own = [born - now + step for born in steps]
-        is_young = any(born > 0 for born in own) and _has_ages(optimizer, group, parameter, axes)
-        if is_young or parameter in young_rows(optimizer):
-            changes += register(optimizer, parameter, rows, own, axes)
+        own = torch.tensor([born - now + step for born in steps], dtype=torch.float64)
+        own = torch.where(_is_young(family, group, own, step, parameter), own, 0.0)
+        if bool((own > 0).any()) or parameter in young_rows(optimizer):
+            changes += register(optimizer, family, parameter, rows, own.tolist(), axes)
     return changes
 
 
-def _has_ages(optimizer: Optimizer, group: Group, parameter: nn.Parameter, axes: UnitAxes) -> bool:
-    """Whether the updates of rows younger than their parameter differ from the others'."""
-    family = family_of(optimizer)
-    if family is not None:
-        return family.ages
-    if coupled_of(optimizer) is not None:
-        return False
-    rule = learn(optimizer, group, parameter, axes)
-    return rule.ages or rule.first
+def lacks_corrections(optimizers: Sequence[Optimizer], parameter: nn.Parameter, births: Sequence[int]) -> bool:
+    """Whether rows of a parameter born then are young under an owner that has none of its rows registered.
 
-
-def resume(
-    optimizers: Sequence[Optimizer],
-    parameter: nn.Parameter,
-    rows: Tensor,
-    births: Sequence[int],
-    axes: UnitAxes = ROWS,
-) -> list[Change]:
-    """Plan the changes that register rows again after their optimizers' state was loaded, as if nothing had been lost.
-
-    `rows`: (r,) int64, units under `axes`; `births`: r values as `birth_step` gave them at surgery, -1 where it gave
-    None. To come after `start_clocks`, whose count says which rows have made no step yet. Raises as `births` does.
+    `births`: of any number of rows, counted as `current_step`. Copies, pickles and new processes lack them.
     """
-    known = [place for place, born in enumerate(births) if born >= 0]
-    rows, born = rows[torch.tensor(known, dtype=torch.int64, device=rows.device)], [births[place] for place in known]
-    changes = _entered(optimizers, parameter, rows, born, axes) if known else []
-    now = age_clock(optimizers, parameter)
-    unborn = [place for place, step in enumerate(born) if step == now]
-    if unborn:
-        first = rows[torch.tensor(unborn, device=rows.device)]
-        for optimizer, group in _owners(optimizers, parameter):
-            changes += _first_steps(optimizer, group, parameter, first, axes)
-    return changes
-
-
-def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter, axes: UnitAxes = ROWS) -> list[str]:
-    """Return what a report should say of the parameter's optimizers: a line for each that leaves something to know."""
-    found = []
     for optimizer, group in _owners(optimizers, parameter):
-        if not optimizer.state.get(parameter) or family_of(optimizer) is not None:
+        family, step = family_of(optimizer), _step(optimizer, parameter)
+        if family is None or not family.ages or not step or parameter in young_rows(optimizer):
             continue
-        if (coupled := coupled_of(optimizer)) is not None:
-            found.append(coupled.note)
-            continue
-        unexplained = learn(optimizer, group, parameter, axes).unexplained
-        if unexplained:
-            found.append(
-                f"{type(optimizer).__name__}: unknown family; rows took the state of a fresh parameter, what all rows "
-                f"share ({', '.join(unexplained)}) is left as it is and may scale their first updates"
-            )
-    return found
-
-
-def missing_hooks(optimizers: Sequence[Optimizer], parameter: nn.Parameter, births: Sequence[int]) -> bool:
-    """Whether hooks that an operation installed are gone, as after a resume, so that `resume` has to install them.
-
-    `births`: those of the parameter's operated rows, as for `resume`. A clock that does not run is missing.
-    """
-    known = [born for born in births if born >= 0]
-    owners = list(_owners(optimizers, parameter))
-    if not known or not owners:
-        return False
-    now = age_clock(optimizers, parameter)
-    if now is None:
-        return True
-    rows = torch.arange(len(known), device=parameter.device)
-    for optimizer, group in owners:
-        if parameter in young_rows(optimizer):
-            continue
-        count = _step(optimizer, parameter)
-        own = [born - now + count for born in known] if count is not None else []
-        if own and _has_ages(optimizer, group, parameter, ROWS) and has_young(optimizer, parameter, group, own):
-            return True
-        if now in known and _first_steps(optimizer, group, parameter, rows, ROWS):
+        born = torch.tensor([birth for birth in births if 0 < birth <= step], dtype=torch.float64)
+        if bool(_is_young(family, group, born, step, parameter).any()):
             return True
     return False
+
+
+def _is_young(family: Family, group: Group, births: Tensor, step: int, parameter: nn.Parameter) -> Tensor:
+    """Which rows born then no sweep has taken from the young by now; those that wait for a state to be loaded stay."""
+    is_double = parameter.dtype in (torch.float64, torch.complex128)
+    births = births if is_double else births.float()
+    return (births > step) | family.young_now(births, step, group)
+
+
+register_births = births  # for `resume`, which has an argument of that name
+
+
+def _refuse_excess(optimizer: Optimizer) -> None:
+    """Refuse a class in which a trial saw fresh rows overshoot: it has numbers or state that cannot be made fresh."""
+    trial = trial_of(optimizer)
+    if trial is not None and trial.excess > 1.1:
+        name = type(optimizer).__name__
+        raise OptimizerError(
+            f"fresh rows overshoot under {name}: on a scratch parameter their updates were {trial.excess:.3g} times a "
+            "fresh parameter's, as it keeps state that cannot be learned, or numbers for all rows of a parameter that "
+            "a count of steps does not tell. Give the operated layers another optimizer, or operate without "
+            "optimizer=, which leaves its state to you"
+        )
+
+
+def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[str]:
+    """Return what a report should say of the parameter's optimizers: a line for each of an unknown family."""
+    found = []
+    for optimizer, _ in _owners(optimizers, parameter):
+        state, family = optimizer.state.get(parameter), family_of(optimizer)
+        if state and family is not None and family.coupling:
+            found.append(
+                f"{type(optimizer).__name__} {family.coupling}: operating on some rows moves the others' next updates"
+            )
+        if not state or family is not None:
+            continue
+        shared = ", ".join(key for key, entry in state.items() if is_shared(key, entry, parameter))
+        note = f"{type(optimizer).__name__}: unknown family; rows took the state of a fresh parameter"
+        if shared:
+            note += f", what all rows share ({shared}) is left as it is and may scale their first updates"
+        found.append(note)
+    return found
 
 
 def young_rows(optimizer: Optimizer) -> dict[nn.Parameter, dict[int, int]]:
@@ -319,24 +308,6 @@ def young_rows(optimizer: Optimizer) -> dict[nn.Parameter, dict[int, int]]:
         }
         for parameter, one in young.items()
     }
-
-
-def _first_steps(
-    optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes
-) -> list[Change]:
-    """Plan the changes that register rows before their first step, where only the first update needs correcting."""
-    family = family_of(optimizer)
-    if coupled_of(optimizer) is not None or not _has_tensors(optimizer.state.get(parameter, {})):
-        return []
-    if family is not None:
-        is_first = family.first_step and bool(group.get("dampening"))
-    else:
-        is_first = count_of(optimizer, parameter, group) is None and learn(optimizer, group, parameter, axes).first
-    return register(optimizer, parameter, rows, [1] * rows.numel(), axes) if is_first else []
-
-
-def _has_tensors(state: Mapping[str, Any]) -> bool:
-    return any(isinstance(entry, Tensor) for entry in state.values())
 
 
 # -- who owns what ---------------------------------------------------------------------------------------------------
@@ -357,11 +328,16 @@ def _group(optimizer: Optimizer, parameter: nn.Parameter) -> Group | None:
 
 def _step(optimizer: Optimizer, parameter: nn.Parameter) -> int | None:
     """Return the optimizer's count of steps for a parameter it owns; None when it keeps none."""
-    family, group = family_of(optimizer), _group(optimizer, parameter)
+    family = family_of(optimizer)
     if family is not None and family.first_step:
         return None
-    count = None if group is None else count_of(optimizer, parameter, group)
-    return 0 if count is None and not optimizer.state.get(parameter) else count if count is None else int(count)
+    state = optimizer.state.get(parameter)
+    if not state:
+        return 0
+    group, shared = _group(optimizer, parameter), None if family is None else family.shared
+    step = state.get("step") if shared is None or group is None else shared.counted(state, group)
+    is_count = isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1)
+    return int(step) if is_count else None
 
 
 def _counts(optimizer: Optimizer, parameter: nn.Parameter) -> bool:

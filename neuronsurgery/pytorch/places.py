@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from neuronsurgery.pytorch.chains import is_sequential
 from neuronsurgery.pytorch.composites import Composite, UnitPath, frozen_names
 from neuronsurgery.pytorch.computing import Computed, Recipe, Source
 from neuronsurgery.pytorch.links import is_statistic
@@ -128,6 +129,21 @@ class Place:
                     module = submodule(home.scope, path)
                     found[id(module)] = module
         return tuple(found.values())
+
+    @property
+    def path_change(self) -> str:
+        """What children of a Sequential pass rows along otherwise than the bank was made for; "" where it is the same.
+
+        A graph is made anew with what stands there now, but children find links in the bank by their place.
+        """
+        bank = self.bank
+        if bank is None or not any(is_sequential(home.scope) for home in self.homes):
+            return ""
+        made_for, now = (
+            " and ".join(cls or link.name for cls, link in zip(path.classes, path.links, strict=True))
+            for path in (bank.path, self.path)
+        )
+        return "" if made_for == now else f"its bank was made for {made_for} behind it, and {now} stands there"
 
     def rows(self, tensor: Tensor) -> Tensor:
         """All units' rows of the weight or a tensor of its shape, (num_units, *row_shape)."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from neuronsurgery.errors import UntraceableError
+from neuronsurgery.errors import SurgeryError, UntraceableError
 from neuronsurgery.pytorch.assuming import default_traces
 from neuronsurgery.pytorch.branching import branching
 from neuronsurgery.pytorch.calls import Call, default_call, describe, is_namedtuple, numbers_of_starred
@@ -136,6 +136,7 @@ class Entry:
     method: str
     program: Program
     graphs: dict[Any, list[Graph]] = field(default_factory=dict)
+    bank_guards: tuple[Guard, ...] = field(init=False)
     literal: set[Any] = field(default_factory=set)  # kinds of calls whose numbers cannot be inputs of a graph
 
     def function(self) -> Callable[..., Any]:
@@ -159,6 +160,17 @@ class Entry:
         exec(compile(source, f"<neuronsurgery {self.cls.__qualname__}.{self.method}>", "exec"), scope)
         return functools.wraps(original)(scope[self.method])
 
+    def __post_init__(self) -> None:
+        """Note what holds as long as the banks are where they were: they go with a layer that is replaced."""
+        paths = [rewrite.bank.rpartition(".") for rewrite in self.program.rewrites if rewrite.bank is not None]
+        self.bank_guards = tuple(
+            Guard(owner, (("attribute", name), ("class", None)), Composite) for owner, _, name in paths
+        )
+
+    def has_banks(self, instance: nn.Module) -> bool:
+        """Whether the banks are there."""
+        return all(guard.holds(instance) for guard in self.bank_guards)
+
     def prepare(self, instance: nn.Module) -> None:
         """Trace the default call in both modes, so that the first real call is already fast and cannot fail."""
         numbers = numbers_of_starred(instance, self.method)
@@ -168,7 +180,9 @@ class Entry:
                 self.add(instance, traced)
 
     def find(self, instance: nn.Module, description: Any, leaves: list[Any] | None) -> Graph | None:
-        """The graph for a kind of call with these tensors and numbers, or (None) with any."""
+        """The graph for a kind of call with these tensors and numbers, or (None) with any, before the banks hang."""
+        if leaves is not None and not self.has_banks(instance):
+            return None
         for graph in self.graphs.get(description, ()):
             if all(guard.holds(instance) for guard in graph.guards) and (
                 leaves is None or all(condition.holds(leaves) for condition in graph.conditions)
@@ -221,6 +235,8 @@ def dispatch(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _dispatch_rarely(instance: nn.Module, entry: Entry, names: tuple[str, ...], values: tuple[Any, ...]) -> Any:
+    if not entry.has_banks(instance):
+        raise _missing_bank(instance, entry.bank_guards)
     failure: UntraceableError | None = None
     kind: Any = None
     for constant_numbers in (False, True):
@@ -239,6 +255,17 @@ def _dispatch_rarely(instance: nn.Module, entry: Entry, names: tuple[str, ...], 
         f"{entry.cls.__qualname__}.{entry.method} was called in a new way that cannot be traced, so the composites of "
         f"this module cannot take effect: {failure}. Call it as before, or undo the operation"
     ) from failure
+
+
+def _missing_bank(scope: nn.Module, guards: Collection[Guard]) -> SurgeryError:
+    """The error that names the bank which a forward was rewritten for and cannot find."""
+    guard = next(guard for guard in guards if not guard.holds(scope))
+    path = ".".join(filter(None, (guard.module, guard.steps[0][1])))
+    return SurgeryError(
+        f"the bank '{path}' of this {original_class(scope).__qualname__} is gone: the layer "
+        "it belongs to was replaced after the operation (by LoRA, a quantized or another layer), and its composite "
+        "units with it. Put the layer back, or undo the operation before you replace it"
+    )
 
 
 def compiled(graph: fx.Graph, label: str) -> Callable[..., Any]:

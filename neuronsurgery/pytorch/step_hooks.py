@@ -15,15 +15,13 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.transaction import Change
 
-__all__ = ["CLOCKS", "HOOK_CALLER", "Clock", "SetClock", "install"]
+__all__ = ["CLOCKS", "HOOK_CALLER", "Clock", "install"]
 
 
 class StepHooks(Protocol):
@@ -41,45 +39,24 @@ H = TypeVar("H", bound=StepHooks)
 
 
 class Clock:
-    """Counts the steps of an optimizer that does not count them itself, for each parameter from its first operation on.
+    """Counts the steps of an optimizer that does not count them itself, from its first operation on.
 
-    A step is a call of `step` that returned and for which the parameter had a gradient, which is what optimizers that
-    count call a step. So an age of 0 says that no update has been made yet.
+    A step is a call of `step` that returned, whether or not a parameter had a gradient. One that a fused optimizer
+    skips by itself, as its gradient scaler found an overflow, is none.
     """
 
     has_pre_hook = False
 
-    def __init__(self) -> None:
-        self.num_steps: MutableMapping[Tensor, int] = WeakIdKeyDictionary()  # a weak dictionary would compare tensors
+    def __init__(self, num_steps: int = 0) -> None:
+        self.num_steps = num_steps
 
     def install(self, optimizer: Optimizer) -> Iterable[RemovableHandle]:
         yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
 
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter in [one for one in self.num_steps if one.grad is not None]:
-            self.num_steps[parameter] += 1
-
-
-class SetClock:
-    """Let the clock of an optimizer, which is installed by then, go on from a count of a parameter's steps."""
-
-    def __init__(self, optimizer: Optimizer, parameter: Tensor, num_steps: int) -> None:
-        self.optimizer, self.parameter, self.num_steps = optimizer, parameter, num_steps
-        self.replaced: int | None = None
-
-    def apply(self) -> None:
-        counts = CLOCKS[self.optimizer].num_steps
-        self.replaced = counts.get(self.parameter)
-        counts[self.parameter] = self.num_steps
-
-    def revert(self) -> None:
-        clock = CLOCKS.get(self.optimizer)
-        if clock is None:
-            return
-        if self.replaced is None:
-            clock.num_steps.pop(self.parameter, None)
-        else:
-            clock.num_steps[self.parameter] = self.replaced
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is None or not bool(overflow):
+            self.num_steps += 1
 
 
 CLOCKS: WeakKeyDictionary[Optimizer, Clock] = WeakKeyDictionary()

@@ -37,7 +37,7 @@ from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
 
-__all__ = ["Survey"]
+__all__ = ["FROZEN", "Survey"]
 
 Reach = tuple[nn.Module, str, Read | None, Any]
 """The owner and label of an untraced function, how it reads (None: its source is not to be had), and what it reads."""
@@ -242,10 +242,13 @@ class Survey:
         """The site of a weight, or the reason why it is none."""
         owners = self.owners[id(weight)]
         entries = [e for e in self.by_weight.get(id(weight), ()) if not self.is_superseded(e)]
+        is_learning = not is_operated(owners)  # what was operated on stays a place when it is frozen
         reason = (
             _unfit(weight)
+            or (FROZEN if is_learning and not weight.requires_grad else "")
             or self.unread(name, owners, bool(entries))
             or next((use.problem for _, _, use in entries if use.problem), "")
+            or ("its bias is frozen" if is_learning and _has_frozen_bias(entries) else "")
             or _disagreement(entries)
             or self.broken_chain(entries)
             or self.other_role(weight, owners)
@@ -367,7 +370,7 @@ class Survey:
         owners: list[tuple[nn.Module, str]],
         entries: list[tuple[Reading, str, Use]],
     ) -> str:
-        if name in self.include or any(isinstance(o._modules.get(b), Composite) for o, b in banks_at(owners)):
+        if name in self.include or is_operated(owners):
             return ""
         for reading, _, use in entries:
             assert use.path is not None
@@ -417,13 +420,28 @@ class Survey:
 # -- one producer ------------------------------------------------------------------------------------------------------
 
 
+def is_operated(owners: list[tuple[nn.Module, str]]) -> bool:
+    """Whether a weight has a bank. Then it stays a place: without its bank the layer would give another output."""
+    return any(isinstance(owner._modules.get(name), Composite) for owner, name in banks_at(owners))
+
+
+FROZEN = "frozen: its weight does not require a gradient"
+
+
+def _has_frozen_bias(entries: list[tuple[Reading, str, Use]]) -> bool:
+    bias = entries[0][2].call.bias if entries else None
+    return bias is not None and not bias.requires_grad
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What torch computes and trains in; float8 and integers are for storing."""
+
+
 def _unfit(weight: nn.Parameter) -> str:
     if weight.is_complex():
         return "complex weights"
-    if not weight.is_floating_point():
+    if weight.dtype not in _DTYPES:
         return f"weights of dtype {weight.dtype}"
-    if not weight.requires_grad:
-        return "frozen: its weight does not require a gradient"
     if weight.device.type == "meta":
         return "its weight is on the meta device"
     return ""
@@ -432,10 +450,7 @@ def _unfit(weight: nn.Parameter) -> str:
 def _disagreement(entries: list[tuple[Reading, str, Use]]) -> str:
     """All the places that use a weight must use it in the same way, so that one bank serves them."""
     first_reading, _, first = entries[0]
-    bias = first.call.bias
-    if bias is not None and not bias.requires_grad:
-        return "its bias is frozen"
-    known = _sources(first)
+    bias, known = first.call.bias, _sources(first)
     for reading, method, use in entries[1:]:
         place = f"{original_class(reading.scope).__name__}.{method}"
         if use.call.bias is not bias:

@@ -45,6 +45,11 @@ def tap_producer(producer: nn.Module, h: Tensor, axes: tuple[int, ...] | None = 
     return h if weight is None else tap(weight, h, axes)
 
 
+# What `torch.compiler.disable` calls its reason, where it has one: torch's error under fullgraph=True shows it.
+_ADVICE = "an observation reads activations while the model runs; until it ends, compile without fullgraph=True"
+tap._torchdynamo_disable_msg = tap_producer._torchdynamo_disable_msg = _ADVICE
+
+
 def is_observed(weight: nn.Parameter) -> bool:
     """Whether anyone listens to the site with this weight."""
     return id(weight) in _SINKS

@@ -6,7 +6,7 @@ keep what they replaced, so a fault between any two of them leaves the model bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
-__all__ = ["Change", "Overwrite", "RemoveItem", "SetClass", "SetItem", "WriteRows", "revert", "run"]
+__all__ = ["Change", "Later", "Overwrite", "RemoveItem", "SetClass", "SetItem", "WriteRows", "revert", "run"]
 
 
 T = TypeVar("T")
@@ -58,6 +58,22 @@ def revert(changes: Sequence[Change]) -> None:
     for change in reversed(changes):
         change.revert()
     torch.clear_autocast_cache()
+
+
+class Later:
+    """Changes that can only be planned once those before them are made, one after the other."""
+
+    def __init__(self, plan: Callable[[], Iterable[Change]]) -> None:
+        self.plan = plan
+        self.begun: list[Change] = []
+
+    def apply(self) -> None:
+        for change in self.plan():
+            self.begun.append(change)
+            change.apply()
+
+    def revert(self) -> None:
+        revert(self.begun)
 
 
 class WriteRows:

@@ -15,6 +15,7 @@ BUILTINS = {
     "SiteError": ValueError,
     "PlanError": ValueError,
     "OptimizerError": ValueError,
+    "ScheduleError": ValueError,
     "DrawError": ValueError,
     "ModelError": TypeError,
     "UndoError": ValueError,

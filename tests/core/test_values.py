@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
+from neuronsurgery.choosing import Selected
 from neuronsurgery.criteria import Custom, Dormant, GraMa, Lowest, Random, Stagnant, Units
 from neuronsurgery.errors import CriterionError, FormatError, SurgeryError
 from neuronsurgery.plans import Plan, plan
@@ -43,6 +44,7 @@ CRITERIA = [
     Random(0.5),
     Random(0.5, seed=3),
     Units({"fc1": [0, 3], "fc2": []}),
+    Selected("Stagnant(0.25)", {"fc1": (1,)}, {"fc1": {"stagnant": (1.5, 0.5)}}),
     (Stagnant() & ~Dormant()) | Random(0.1, seed=1) & Units({"fc1": [1]}),
 ]
 STAGES = [SITES["fc1"], SITES, SCORES, SELECTION, PLAN, REPORT]

@@ -374,7 +374,7 @@ def test_packed_state_is_refused() -> None:
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.state[parameter]["exp_avg"] = subclass.OptimState8bit.zeros((64, 64), True, 256)
-    with pytest.raises(OptimizerError, match=r"AdamW packs its state 'exp_avg' \(OptimState8bit\)"):
+    with pytest.raises(OptimizerError, match=r"AdamW keeps its state 'exp_avg' .* as OptimState8bit, which cannot"):
         owners.refresh([optimizer], parameter, ROWS)
 
 
@@ -400,8 +400,10 @@ def test_a_copied_optimizer_has_no_hooks_and_can_be_given_them() -> None:
         take_step(optimizer, parameter, gradient(step, "random", SHAPE))
     overwrite(optimizer, parameter)
     twin, copied = copy.deepcopy((parameter, optimizer))
-    assert owners.missing_hooks([copied], twin, [5, 5]) and not owners.missing_hooks([optimizer], parameter, [5, 5])
-    assert not owners.missing_hooks([copied], twin, [0, -1])
+    assert owners.lacks_corrections([copied], twin, [5, 5]) and not owners.lacks_corrections(
+        [optimizer], parameter, [5, 5]
+    )
+    assert not owners.lacks_corrections([copied], twin, [0, -1])
     run(owners.resume([copied], twin, ROWS, [5, 5]))
     for step in range(20):
         take_step(optimizer, parameter, gradient(5 + step, "random", SHAPE))
