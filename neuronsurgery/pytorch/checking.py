@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from neuronsurgery.errors import EquivalenceError
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.computing import Computed
-from neuronsurgery.pytorch.links import Dropout, Link, Norm, UnitFunction
+from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Norm, UnitFunction
 from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.unitwise import along
@@ -48,14 +48,20 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
-    error = moved_activations(place, renewed, bank)
-    if not error <= tolerance(place.weight.dtype):
+    error, allowed = moved_activations(place, renewed, bank), _allowed(place)
+    if not error <= allowed:
         raise EquivalenceError(
             f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
-            f"activation; at most {tolerance(place.weight.dtype):.3g} is allowed in {place.weight.dtype}. Nothing was "
-            "changed"
+            f"activation; at most {allowed:.3g} is allowed in {place.weight.dtype}. Nothing was changed"
         )
     return error
+
+
+def _allowed(place: Place) -> float:
+    """The tolerance of the weights' dtype; in half precision once more for each norm on the path, which rounds anew."""
+    dtype = place.weight.dtype
+    norms = sum(isinstance(link, (BatchNorm, Norm)) for link in place.path.links)
+    return tolerance(dtype) * (1 + norms if dtype in (torch.bfloat16, torch.float16) else 1)
 
 
 def moved_activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite | None) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam, lr_scheduler
+from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch import optimizers as owners
@@ -21,7 +20,6 @@ from tests.pytorch.test_optimizers import (
     ROWS,
     TABLE,
     Trial,
-    assert_other_elements_equal,
     assert_rows_equal_fresh,
     axes_of,
     new_rows,
@@ -102,59 +100,6 @@ def test_rows_of_bfloat16_parameters_follow_a_fresh_parameter_after_a_reload(nam
     other = resumed(trial, TABLE[name], [20, 20])
     other.step(6, fresh)
     assert_rows_equal_fresh(other, fresh, rtol=2**-6)
-
-
-# -- learning rates --------------------------------------------------------------------------------------------------
-
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
-    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.95),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
-    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 9]),
-    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=8),
-    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=12),
-    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 20),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 15),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=4, cycle_momentum="momentum" in o.defaults),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=30),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o, total_iters=5), lr_scheduler.ExponentialLR(o, 0.9)], [6]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, total_iters=5), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.05, anneal_epochs=7),
-}
-
-
-def scheduled(optimizer: Optimizer, scheduler: Any, trial: Trial, num_steps: int) -> list[Any]:
-    """Step both; return the settings of each step."""
-    seen = []
-    for step in range(num_steps):
-        trial.step(1)
-        scheduler.step(*([1.0 + step % 2] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
-        group = optimizer.param_groups[0]
-        seen.append([float(group["lr"]), group.get("betas"), group.get("momentum")])
-    return seen
-
-
-@pytest.mark.parametrize("make", [partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.01)], ids=["sgd", "adamw"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.situation("Schedules and wrappers", n, "works")) for n in SCHEDULERS]
-)
-def test_an_operation_leaves_a_learning_rate_schedule_as_it_is(name: str, make: Any) -> None:
-    trial, untouched = Trial(make, random_parameters(MATRICES)), Trial(make, random_parameters(MATRICES))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of schedulers, about epochs and their order, with or without an operation
-        schedulers = [SCHEDULERS[name](one.optimizer) for one in (trial, untouched)]
-        seen = [scheduled(one.optimizer, s, one, 8) for one, s in zip((trial, untouched), schedulers, strict=True)]
-        trial.surgery()
-        seen = [scheduled(one.optimizer, s, one, 8) for one, s in zip((trial, untouched), schedulers, strict=True)]
-    assert seen[0] == seen[1]
-    assert_other_elements_equal(trial, untouched)
 
 
 # -- variants and wrappers -------------------------------------------------------------------------------------------
@@ -272,19 +217,6 @@ def test_update_sizes_sees_what_a_row_would_do_without_a_replay(monkeypatch: pyt
     trial.surgery(births=False)
     sizes, expected = update_sizes(trial, trial.fresh(TABLE["nadam"]), 30)
     assert (sizes.amax(0) / expected.amax(0)).min() > 2
-
-
-@pytest.mark.slow  # its step compiles itself
-@pytest.mark.situation("Optimizers", "AdamW8bit (torchao)", "refused")
-def test_state_in_blocks_of_few_bits_is_refused_before_anything_changes() -> None:
-    from torchao.optim import AdamW8bit
-
-    parameter = nn.Parameter(torch.randn(64, 128))
-    optimizer = AdamW8bit([parameter])
-    parameter.grad = torch.ones(64, 128)
-    optimizer.step()
-    with pytest.raises(OptimizerError, match=r"AdamW8bit keeps its state 'exp_avg' .* as OptimState8bit, which cannot"):
-        owners.refresh([optimizer], parameter, ROWS)
 
 
 @pytest.mark.parametrize(

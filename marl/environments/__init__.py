@@ -1,0 +1,38 @@
+"""Environments of many parallel episodes behind one small protocol.
+
+`make_environment` knows them by name; `marl.environments.torchrl` brings in any environment of TorchRL, and it and
+`marl.environments.pettingzoo` hand ours out. Those two need the packages they are named after.
+"""
+
+from marl.environments.matrix_game import MatrixGame, TwoStepGame
+from marl.environments.payoffs import PAYOFFS
+from marl.environments.predator_prey import PredatorPrey
+from marl.environments.predator_prey_settings import PredatorPreySettings
+from marl.environments.protocol import Environment, Observation, Outcome, Spec, TextEnvironment
+from marl.environments.qtran_predator_prey import QtranPredatorPrey, QtranPredatorPreySettings
+from marl.environments.registry import ENVIRONMENTS, make_environment
+from marl.environments.tasks import Task, TaskSequence, matrix_tasks
+
+__all__ = [
+    # the protocol
+    "Environment",
+    "TextEnvironment",
+    "Spec",
+    "Observation",
+    "Outcome",
+    # by name
+    "make_environment",
+    "ENVIRONMENTS",
+    "PAYOFFS",
+    # the environments
+    "MatrixGame",
+    "TwoStepGame",
+    "PredatorPrey",
+    "PredatorPreySettings",
+    "QtranPredatorPrey",
+    "QtranPredatorPreySettings",
+    # in a row
+    "Task",
+    "TaskSequence",
+    "matrix_tasks",
+]
