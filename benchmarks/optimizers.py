@@ -54,8 +54,8 @@ OPTIMIZERS: dict[str, Make] = {
     **{
         f"{name} (pytorch-optimizer)": partial(getattr(pytorch_optimizer, name), lr=0.01)
         for name in (
-            *"AdaBelief Adan ADOPT AdEMAMix DiffGrad Tiger Yogi".split(),
-            *"AdaMod Prodigy AdaFactor Lamb Shampoo SOAP".split(),
+            *"AdaBelief AdaMod Adan ADOPT AdEMAMix DiffGrad ScheduleFreeAdamW SGDW Tiger Yogi".split(),
+            *"AdamP DAdaptAdaGrad Prodigy StableAdamW AdaFactor Lamb Shampoo SOAP".split(),
         )
     },
     "SAM (pytorch-optimizer)": lambda parameters: pytorch_optimizer.SAM(parameters, optim.SGD, lr=0.1),
@@ -109,13 +109,14 @@ def trial(make: Make, gradients: Callable[[int, tuple[int, ...]], Tensor]) -> tu
         for one, parameter in ((optimizer, used), (untouched, twin)):
             take(one, parameter, gradients(step, (16, 8)))
     new = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
-    changes: list[Any] = [WriteRows(used.data, ROWS, new), *owners.refresh([optimizer], used, ROWS)]
-    step_now = owners.current_step([optimizer], used)
+    owned = owners.as_optimizers(optimizer)
+    changes: list[Any] = [WriteRows(used.data, ROWS, new), *owners.refresh(owned, used, ROWS)]
+    step_now = owners.current_step(owned, used)
     if step_now is not None:
-        changes += owners.births([optimizer], used, ROWS, [step_now] * 2)
+        changes += owners.births(owned, used, ROWS, [step_now] * 2)
     run(changes)
-    couples = bool(owners.notes([optimizer], used))
-    fresh = nn.Parameter(weights.clone() if couples else new.clone())
+    couples = bool(owners.notes(owned, used))
+    fresh = nn.Parameter(used.detach().clone() if couples else new.clone())
     anew = started(make, fresh)
     others = [row for row in range(16) if row not in ROWS]
     sizes, expected, apart = [], [], 0.0
@@ -129,7 +130,8 @@ def trial(make: Make, gradients: Callable[[int, tuple[int, ...]], Tensor]) -> tu
         sizes.append(moved[ROWS].abs().mean())
         expected.append((fresh_moved[ROWS] if couples else fresh_moved).abs().mean())
     size, wanted = torch.stack(sizes), torch.stack(expected)
-    return float(size[0] / wanted[0].clamp(min=1e-12)), float(size.max() / wanted.max()), apart
+    first = float(size[0] / wanted[0]) if float(wanted[0]) else 1.0 + float(size[0])  # some only look in a first step
+    return first, float(size.max() / wanted.max()), apart
 
 
 def started(make: Make, parameter: nn.Parameter) -> Any:

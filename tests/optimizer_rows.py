@@ -93,6 +93,7 @@ EXACT: Mapping[str, Make] = {
     "AdEMAMix": partial(pytorch_optimizer.AdEMAMix, lr=1e-3),
     "Tiger": partial(pytorch_optimizer.Tiger, lr=1e-3),
     "Yogi": partial(pytorch_optimizer.Yogi, lr=1e-2),
+    "Yogi, maximize": partial(pytorch_optimizer.Yogi, lr=1e-2, maximize=True),
     "SGDW": partial(pytorch_optimizer.SGDW, lr=0.1, momentum=0.9, dampening=0.5),
 }
 
@@ -113,6 +114,7 @@ REFUSED: Mapping[str, Make] = {
     "AdaFactor (pytorch-optimizer)": pytorch_optimizer.AdaFactor,
     "StableAdamW": pytorch_optimizer.StableAdamW,
     "Prodigy": pytorch_optimizer.Prodigy,
+    "DAdaptAdaGrad": pytorch_optimizer.DAdaptAdaGrad,
     "AdamP": pytorch_optimizer.AdamP,
     "Adan, clipping": partial(pytorch_optimizer.Adan, max_grad_norm=0.5),
 }

@@ -167,12 +167,11 @@ class Corrections:
         yield optimizer.register_step_post_hook(torch.compiler.disable(self.after_step))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if not self.young:
-            return
+            return None
         self.due = list(self._owned(optimizer))
         self.young = {parameter: self.young[parameter] for parameter, _ in self.due}
-        has_closure = any(callable(argument) for argument in (*args[1:], *kwargs.values()))
         for parameter, group in self.due:
             young = self.young[parameter]
             step = _count(self.family.counted(optimizer, parameter, group), young.births)
@@ -181,10 +180,29 @@ class Corrections:
                 young = self.young[parameter] = young.staying(parameter, young.births <= step, step)
             young.step = step
             if self.family.shared is not None:
-                young.before = Before.of(optimizer, parameter, young, has_closure)
+                young.before = Before.of(optimizer, parameter, young)
             else:
                 rows = young.select(parameter)
                 young.weights = rows.clone() if young.is_all else rows
+        return None if self.family.shared is None else self._watching_closure(optimizer, args, kwargs)
+
+    def _watching_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Let a closure that computes gradients leave those of the young rows: some classes write into theirs."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
+
+        def watched() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                for parameter, young in self.young.items():
+                    if young.before is not None:
+                        young.before.take_gradient(optimizer, parameter, young)
+            return loss
+
+        return (
+            (args, {**kwargs, "closure": watched}) if "closure" in kwargs else ((args[0], watched, *args[2:]), kwargs)
+        )
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -132,19 +132,31 @@ def _adagrad_matters(ages: Ages, step: float, group: Group) -> Mask:
     return np.asarray(rates - 1 > _TOLERANCE)
 
 
-def _free_weights(steps: float, group: Group) -> NDArray[np.float64]:
-    """The weights of schedule-free averages at each step so far (Defazio et al. 2024, algorithm 1), lr as it is now."""
+def _free_rates(steps: float, group: Group) -> NDArray[np.float64]:
+    """The rate of each step so far, warmed up or rectified, with lr as it is now."""
     k = np.arange(1.0, steps + 1)
-    warmed = np.minimum(1.0, k / max(1, group["warmup_steps"]))
-    return np.asarray(k ** group["r"] * (float(group["lr"]) * warmed) ** group["weight_lr_power"])
+    if "silent_sgd_phase" in group:
+        return np.asarray(float(group["lr"]) * _rectified(k, float(group["betas"][1]), bool(group["silent_sgd_phase"])))
+    return np.asarray(float(group["lr"]) * np.minimum(1.0, k / max(1, group["warmup_steps"])))
+
+
+def _rectified(steps: NDArray[np.float64], beta: float, is_silent: bool) -> NDArray[np.float64]:
+    """RAdam's rectification of each step (Liu et al. 2020, algorithm 2)."""
+    longest, power = 2.0 / (1.0 - beta) - 1.0, beta**steps
+    length = longest - 2.0 * steps * power / (1.0 - power)
+    safe = np.where(length > 4.0, length, 5.0)
+    ratio = (safe - 4.0) * (safe - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * safe)
+    return np.where(length > 4.0, np.sqrt(ratio), float(not is_silent))
 
 
 def _free_largest_rate(steps: float, group: Group) -> float:
-    return float(group["lr"]) * min(1.0, steps / max(1, group["warmup_steps"])) if steps else -1.0
+    return float(_free_rates(steps, group).max()) if steps else -1.0
 
 
 def _free_sum(steps: float, group: Group) -> float:
-    return float(_free_weights(steps, group).sum())
+    """The sum of the weights of schedule-free averages (Defazio et al. 2024, algorithm 1)."""
+    largest = np.maximum.accumulate(_free_rates(steps, group))
+    return float((np.arange(1.0, steps + 1) ** group["r"] * largest ** group["weight_lr_power"]).sum())
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -158,9 +170,11 @@ def _counting(matters: Callable[[Ages, float, Group], Mask]) -> Family:
     return _replayed(Shared({"step": _steps}, matters=matters))
 
 
-_SCHEDULE_FREE = _replayed(
-    Shared(group={"k": _steps, "lr_max": _free_largest_rate, "weight_sum": _free_sum}, count="k")
-)
+def _schedule_free(count: str) -> Family:
+    return _replayed(Shared(group={count: _steps, "lr_max": _free_largest_rate, "weight_sum": _free_sum}, count=count))
+
+
+_SCHEDULE_FREE, _ANOTHER_SCHEDULE_FREE = _schedule_free("k"), _schedule_free("step")
 
 # No correction, no note: what they learn on a scratch parameter is all that Adadelta, RMSprop and Rprop need.
 _FAMILIES: dict[type[Optimizer], Family] = {
@@ -186,4 +200,7 @@ _BY_NAME: dict[tuple[str, str], Family] = {
     ),
     ("schedulefree", "AdamWScheduleFree"): _SCHEDULE_FREE,
     ("schedulefree", "SGDScheduleFree"): _SCHEDULE_FREE,
+    ("schedulefree", "RAdamScheduleFree"): _SCHEDULE_FREE,
+    ("pytorch_optimizer", "ScheduleFreeAdamW"): _ANOTHER_SCHEDULE_FREE,
+    ("pytorch_optimizer", "ScheduleFreeSGD"): _ANOTHER_SCHEDULE_FREE,
 }

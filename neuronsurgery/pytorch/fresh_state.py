@@ -7,7 +7,8 @@ accumulator, averages that start at the weights); one mechanism serves the known
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def refresh_coupled(
     return writes
 
 
-def is_shared(key: str, entry: object, parameter: nn.Parameter) -> bool:
+def is_shared(key: str, entry: object, parameter: Tensor) -> bool:
     """Whether a state entry belongs to the whole parameter: a number, or a tensor of one element."""
     if isinstance(entry, Tensor):
         return entry.numel() == 1 and (key == "step" or entry.shape != parameter.shape)
@@ -129,27 +130,59 @@ _ELEMENT_WISE = (
 
 
 def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter, axes: UnitAxes = ROWS) -> None:
-    """Refuse an optimizer in which one row's first update depends on another row's weights or gradient.
+    """Refuse an optimizer in which one row's updates depend on another row's weights or gradients.
 
-    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), two steps on few units do. Units
-    that are not along axis 0 alone learn their state in another layout than their own: there no element's update may
-    depend on another's.
+    State of the parameter's shape does not tell (Muon, LAMB, Adafactor's vectors), a few steps on few units do, with a
+    second parameter beside them. Units that are not along axis 0 alone learn their state in another layout than their
+    own: there no element's updates may depend on another's.
     """
-    if (parameter.shape[0] if axes == ROWS else parameter.numel()) < 2:
-        return
+    is_single = (parameter.shape[0] if axes == ROWS else parameter.numel()) < 2
     shape = axes.few_units(parameter.shape)
     generator = torch.Generator().manual_seed(0)
-    weights, gradient = torch.randn((2, *shape), generator=generator).to(parameter.detach())
+    weights, *gradients = torch.randn((7, *shape), generator=generator).to(parameter.detach())
     kept = torch.zeros(shape, dtype=torch.bool, device=weights.device)
-    kept[0 if axes == ROWS else (0,) * len(shape)] = True
-    alone, _ = _scratch_step(optimizer, group, weights, gradient)
-    beside, _ = _scratch_step(optimizer, group, weights * torch.where(kept, 1.0, 3.0).to(weights), gradient * kept)
-    if not torch.equal(alone[kept], beside[kept]):
+    kept[... if is_single else 0 if axes == ROWS else (0,) * len(shape)] = True
+    scales = (torch.tensor([0.0, 3.0, 0.1, 30.0, 0.0, 1.0]).to(weights), torch.ones(6).to(weights))
+    found = [
+        _shown_of(optimizer, group, torch.where(kept, weights, weights * (1 + scale[1])), gradients, scale, kept)
+        for scale in scales
+    ]
+    is_apart = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    if not is_apart or type(optimizer).__name__ in _NOT_ALWAYS_APART:
         one = "row" if axes == ROWS else "weight"
         raise OptimizerError(
             f"{type(optimizer).__name__} couples the {one}s of a parameter of shape {tuple(parameter.shape)}: the "
             f"update of one {one} depends on the others, so single rows cannot be made fresh. {_ELEMENT_WISE}"
         )
+
+
+_NOT_ALWAYS_APART = ("AdamP", "SGDP")
+"""Classes outside torch that couple rows only where a gradient is nearly orthogonal to the weights (Heo et al. 2021)"""
+
+
+def _shown_of(
+    optimizer: Optimizer, group: Group, weights: Tensor, gradients: list[Tensor], scales: Tensor, kept: Tensor
+) -> list[Tensor]:
+    """Step on scratch parameters and return what must not depend on `scales`, which all but `kept` are scaled by.
+
+    These are the kept weights, and what all rows share; to know its own state would not help a row that is kept.
+    """
+    parameter, beside = nn.Parameter(weights.clone()), nn.Parameter(weights.clone())
+    with _learning(optimizer, weights):
+        scratch = scratch_optimizer(optimizer, group, parameter, beside)
+        for gradient, scale in zip(gradients, scales, strict=True):
+            parameter.grad = torch.where(kept, gradient, gradient * scale)
+            beside.grad = gradient * scale
+            own_step(type(optimizer))(scratch)
+    state = scratch.state.get(parameter, {})
+    shared = [entry for key, entry in state.items() if is_shared(key, entry, weights)]
+    numbers = [*shared, *scratch.param_groups[0].values()]
+    values = [float(one) for one in numbers if _is_number(one)]
+    return [parameter.detach()[kept], torch.tensor(values)]
+
+
+def _is_number(entry: Any) -> bool:
+    return isinstance(entry, (int, float)) or (isinstance(entry, Tensor) and entry.numel() == 1)
 
 
 def _scratch_step(
@@ -162,24 +195,35 @@ def _scratch_step(
     """
     parameter = nn.Parameter(weights.clone())
     parameter.grad = gradient.clone()
-    with torch.random.fork_rng(devices=[weights.device] if weights.device.type == "cuda" else []):
+    with _learning(optimizer, weights):
+        scratch = scratch_optimizer(optimizer, group, parameter)
+        own_step(type(optimizer))(scratch)
+    return parameter.detach(), scratch.state.get(parameter, {})
+
+
+@contextmanager
+def _learning(optimizer: Optimizer, like: Tensor) -> Iterator[None]:
+    """Leave the random state as it was, and name the optimizer whose class failed on a scratch parameter."""
+    with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):
         try:
-            scratch = scratch_optimizer(type(optimizer), group, parameter)
-            own_step(type(optimizer))(scratch)
+            yield
         except Exception as error:
             raise OptimizerError(
                 f"the state that {type(optimizer).__name__} gives a fresh parameter cannot be learned: building one "
                 f"from its parameter group and stepping on a scratch copy failed with {type(error).__name__}: {error}. "
                 + _ELEMENT_WISE
             ) from error
-    return parameter.detach(), scratch.state.get(parameter, {})
 
 
-def scratch_optimizer(cls: type[Optimizer], group: Group, parameter: nn.Parameter) -> Optimizer:
-    """An optimizer of a class on a scratch parameter, with the settings of a group but for weight decay."""
-    options, accepted = scratch_options(group), _accepted_options(cls)
-    scratch = cls([parameter], **{key: entry for key, entry in options.items() if key in accepted})
+def scratch_optimizer(optimizer: Optimizer, group: Group, *parameters: nn.Parameter) -> Optimizer:
+    """An optimizer of the same class on scratch parameters, with the settings of a group but for weight decay."""
+    cls, options = type(optimizer), scratch_options(group)
+    accepted = _accepted_options(cls)
+    scratch = cls(list(parameters), **{key: entry for key, entry in options.items() if key in accepted})
     scratch.param_groups[0].update(options)
+    for name, entry in vars(optimizer).items():  # settings that a class keeps beside its groups
+        if isinstance(entry, (bool, int, float, str, tuple)) and name in vars(scratch) and not name.startswith("_"):
+            setattr(scratch, name, entry)
     return scratch
 
 
@@ -194,7 +238,8 @@ def scratch_options(group: Group, *, keeps_decay: bool = False) -> Group:
     return options | {key: value for key, value in _PLAIN.items() if key in options}
 
 
-_PLAIN = {"foreach": False, "fused": None, "capturable": False, "differentiable": False}
+# A schedule-free optimizer is told when it trains, and refuses to step otherwise.
+_PLAIN = {"foreach": False, "fused": None, "capturable": False, "differentiable": False, "train_mode": True}
 
 
 def _accepted_options(cls: type[Optimizer]) -> set[str]:

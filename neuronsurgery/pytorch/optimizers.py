@@ -193,7 +193,8 @@ def refresh(
     """
     changes: list[Change] = []
     for wrapper in optimizers:
-        if inner_of(wrapper) is not None and rows.numel():
+        inner = inner_of(wrapper)
+        if inner is not None and wrapper.state is not inner.state and rows.numel():
             changes += refresh_wrapper(wrapper, parameter, rows, axes)
     for optimizer, group in _owners(optimizers, parameter):
         if not optimizer.state.get(parameter) or not rows.numel():
@@ -313,7 +314,7 @@ def young_rows(optimizer: Optimizer) -> dict[nn.Parameter, dict[int, int]]:
 
 
 def _owners(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> Iterator[tuple[Optimizer, Group]]:
-    """Yield each optimizer that owns the parameter, with the parameter's group."""
+    """Yield each optimizer that owns and steps the parameter, with the parameter's group."""
     for optimizer in optimizers:
         group = _group(optimizer, parameter)
         if group is not None and inner_of(optimizer) is None:

@@ -55,14 +55,14 @@ class Shared:
 
 @dataclass
 class Before:
-    """Young rows as they were before a step: (r, *row_shape) each; no gradient where the step computes it itself."""
+    """Young rows as they were before a step: (r, *row_shape) each; the gradient as it came, maybe from a closure."""
 
     weights: Tensor
     gradient: Tensor | None
     state: dict[str, Tensor]
 
     @staticmethod
-    def of(optimizer: Optimizer, parameter: nn.Parameter, young: Rows, has_closure: bool) -> Before:
+    def of(optimizer: Optimizer, parameter: nn.Parameter, young: Rows) -> Before:
         """Copies of the rows; some classes overwrite the gradient in their step."""
 
         def take(tensor: Tensor) -> Tensor:
@@ -73,8 +73,19 @@ class Before:
             for key, entry in optimizer.state.get(parameter, {}).items()
             if isinstance(entry, Tensor) and not is_shared(key, entry, parameter)
         }
-        gradient = None if has_closure or parameter.grad is None else take(parameter.grad)
-        return Before(take(parameter), gradient, state)
+        before = Before(take(parameter), None, state)
+        before.take_gradient(optimizer, parameter, young)
+        return before
+
+    def take_gradient(self, optimizer: Optimizer, parameter: nn.Parameter, young: Rows) -> None:
+        """Copy the rows' gradient; a gradient scaler leaves its factor on an optimizer that divides by it itself."""
+        if parameter.grad is None:
+            self.gradient = None
+            return
+        self.gradient = young.axes.take(parameter.grad.detach(), young.rows)
+        scale = vars(optimizer).get("grad_scale")
+        if scale is not None:
+            self.gradient = self.gradient / scale.to(self.gradient)
 
 
 class Rows(Protocol):
@@ -99,7 +110,7 @@ def replay(
         return False
     gradient = before.gradient
     if gradient is None:
-        gradient = young.axes.take(parameter.grad, young.rows)
+        return False
     for birth in sorted(set(young.births.tolist())):
         which = (young.births == birth).nonzero().squeeze(1)
         part = Before(
@@ -116,10 +127,13 @@ def replay(
 def stepped(
     shared: Shared, optimizer: Optimizer, group: Group, state: Mapping[str, Any], before: Before, age: float
 ) -> tuple[Tensor, Mapping[str, Any]]:
-    """One step of the class on rows of an age: their weights and state after it, as new tensors."""
+    """One step of the class on rows of an age: their weights and state after it, as new tensors.
+
+    Rows of age 0 step from no state at all, so that what a class does in a parameter's first step, it does.
+    """
     scratch = _SCRATCH.get(optimizer)
     if scratch is None:
-        scratch = _SCRATCH[optimizer] = scratch_optimizer(type(optimizer), group, nn.Parameter(torch.zeros(1)))
+        scratch = _SCRATCH[optimizer] = scratch_optimizer(optimizer, group, nn.Parameter(torch.zeros(1)))
     parameter = nn.Parameter(before.weights.clone())
     assert before.gradient is not None
     parameter.grad = before.gradient.clone()
@@ -129,7 +143,8 @@ def stepped(
     scratch.param_groups[0].update({key: _like(group[key], at(age, group)) for key, at in shared.group.items()})
     scratch.param_groups[0]["params"] = [parameter]
     scratch.state.clear()
-    scratch.state[parameter] = {key: entry.clone() for key, entry in before.state.items()} | numbers
+    if age:
+        scratch.state[parameter] = {key: entry.clone() for key, entry in before.state.items()} | numbers
     own_step(type(optimizer))(scratch)
     return parameter.detach(), scratch.state[parameter]
 

@@ -41,7 +41,7 @@ def tried_out(optimizer: Optimizer, group: Group) -> Trial:
     """Try a class out on scratch parameters with the settings of a group, on the host."""
     shared = None
     with random_states_kept([]), torch.enable_grad(), suppress(Exception):
-        shared = _shared(optimizer, list(_history(type(optimizer), group)))
+        shared = _shared(optimizer, list(_history(optimizer, group)))
     try:
         with random_states_kept([]), torch.enable_grad():
             return Trial(shared, _excess(optimizer, group, shared))
@@ -83,18 +83,18 @@ class Moment:
         self.before = Before(parameter.detach().clone(), gradient, whole)
 
 
-def _history(cls: type[Optimizer], group: Group) -> Iterator[Moment]:
+def _history(optimizer: Optimizer, group: Group) -> Iterator[Moment]:
     """The moments before each of some steps, and after the last."""
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.randn(3, 2, generator=generator))
     settings = {key: one for key, one in group.items() if key not in _COUNTS}
-    scratch = scratch_optimizer(cls, settings, parameter)
+    scratch = scratch_optimizer(optimizer, settings, parameter)
     for step in range(_NUM_STEPS):
         gradient = torch.randn(3, 2, generator=generator) + 1.0
         yield Moment(scratch, parameter, gradient)
         parameter.grad = gradient.clone()
         random.seed(step), np.random.seed(step), torch.manual_seed(step)
-        own_step(cls)(scratch)
+        own_step(type(optimizer))(scratch)
     yield Moment(scratch, parameter, gradient)
 
 
@@ -142,7 +142,7 @@ def _excess(optimizer: Optimizer, group: Group, shared: Shared | None) -> float:
     cls, settings = type(optimizer), {key: one for key, one in group.items() if key not in _COUNTS}
     generator = torch.Generator().manual_seed(0)
     old, new = (nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(2))
-    scratch, fresh, learned = (scratch_optimizer(cls, settings, _copy(one)) for one in (old, new, new))
+    scratch, fresh, learned = (scratch_optimizer(optimizer, settings, _copy(one)) for one in (old, new, new))
     _moves(scratch, 100)
     (used,), (pristine,) = scratch.param_groups[0]["params"], learned.param_groups[0]["params"]
     pristine.grad = torch.zeros(3, 2)

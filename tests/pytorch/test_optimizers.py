@@ -1101,7 +1101,6 @@ WHAT_IS_REFUSED = {
     "state-of-lists": "SOAP (pytorch-optimizer)",
     "factored": "AdaFactor (pytorch-optimizer)",
     "trust-ratio": "LAMB (pytorch-optimizer)",
-    "state-not-from-zeros": "AdaMod (pytorch-optimizer)",
 }
 
 REFUSED: dict[str, tuple[Make, list[tuple[int, ...]], str]] = {
@@ -1118,7 +1117,6 @@ REFUSED: dict[str, tuple[Make, list[tuple[int, ...]], str]] = {
         MATRIX,
         r"fresh rows overshoot under Hasty: .* times a fresh parameter's",
     ),
-    "state-not-from-zeros": (partial(pytorch_optimizer.AdaMod, lr=0.01), MATRIX, "fresh rows overshoot under AdaMod"),
     "norm-of-a-matrix": (LayerWise, MATRIX, r"LayerWise couples the rows .* depends on the others"),
     "state-that-comes-later": (
         partial(Late, lr=0.1),

@@ -374,7 +374,7 @@ def test_packed_state_is_refused() -> None:
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.state[parameter]["exp_avg"] = subclass.OptimState8bit.zeros((64, 64), True, 256)
-    with pytest.raises(OptimizerError, match=r"AdamW keeps its state 'exp_avg' .* as OptimState8bit, which"):
+    with pytest.raises(OptimizerError, match=r"AdamW keeps its state 'exp_avg' .* as OptimState8bit, which cannot"):
         owners.refresh([optimizer], parameter, ROWS)
 
 
