@@ -68,7 +68,9 @@ def relative(x: Array) -> Array:
 @dataclass
 class _Sum:
     total: Array  # (num_units,)
-    count: Array | int  # a 0-d integer array on the device of `total`, or a plain int
+    count: (
+        Array | float
+    )  # a 0-d array on the device of `total`, or a plain number; no integer where samples have weights
 
 
 class Evidence:
@@ -115,9 +117,9 @@ class Evidence:
             for name, (weight_norm, gradient_norm) in norms.items():
                 self._record_site(name, weight_norm, gradient_norm, usable)
 
-    def record_samples(self, site: str, magnitude_sum: Array, num_samples: Array | int, quantity: Quantity) -> None:
+    def record_samples(self, site: str, magnitude_sum: Array, num_samples: Array | float, quantity: Quantity) -> None:
         """Adds samples: `magnitude_sum`, (num_units,), is the sum of |h| or |dL/dh| over `num_samples`
-        (an int, or a 0-d integer array on the same device).
+        (a number, or a 0-d array on the same device); of weighted samples the sum of w|h|, over the sum of the weights.
 
         Raises `SiteError` for an unknown site, `EvidenceError` for a wrong shape or a quantity of steps.
         """
@@ -151,11 +153,15 @@ class Evidence:
         """How many steps were not usable."""
         return int(self._num_skipped)
 
-    def num_samples(self, site: str, quantity: Quantity) -> int:
-        """Returns how many samples (steps, for update activities) the site's mean of `quantity` rests on."""
+    def num_samples(self, site: str, quantity: Quantity) -> float:
+        """Returns how many samples (steps, for update activities) the site's mean of `quantity` rests on.
+
+        That is an integer, except where samples have weights that are none: then it is the sum of these.
+        """
         self.sites.require(site)
         recorded = self._sums[site].get(quantity)
-        return 0 if recorded is None else int(recorded.count)
+        count = 0.0 if recorded is None else float(recorded.count)
+        return int(count) if count.is_integer() else count
 
     def forget(self, site: str) -> None:
         """Drops what was recorded of a site, as after an operation on it; the others' stays."""
@@ -194,7 +200,7 @@ class Evidence:
         rows = [self._row(name) for name in self.sites]
         return render(title, ("site", "units", "steps", "samples", "quantities"), rows)
 
-    def _row(self, name: str) -> tuple[str, int, int, int, str]:
+    def _row(self, name: str) -> tuple[str, int, float, float, str]:
         samples = [self.num_samples(name, one) for one in (Quantity.ACTIVATION, Quantity.ACTIVATION_GRADIENT)]
         quantities = [quantity.value for quantity in Quantity if quantity in self._sums[name]]
         steps = self.num_samples(name, Quantity.UPDATE_ACTIVITY)
@@ -222,14 +228,14 @@ class Evidence:
             )
 
 
-def _accumulate(sums: dict[Quantity, _Sum], quantity: Quantity, total: Array, count: Array | int) -> None:
+def _accumulate(sums: dict[Quantity, _Sum], quantity: Quantity, total: Array, count: Array | float) -> None:
     before = sums.get(quantity)
     if before is not None:
         total, count = before.total + total, before.count + count
     sums[quantity] = _Sum(total, count)
 
 
-def _mean(one: _Sum, seen: Array | int) -> Array:
+def _mean(one: _Sum, seen: Array | float) -> Array:
     """The mean of a sum, NaN if nothing was seen; `seen` may exceed the count by what contributed nothing."""
     xp = array_namespace(one.total)
     like = {"dtype": one.total.dtype, "device": device(one.total)}

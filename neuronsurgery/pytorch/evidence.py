@@ -29,6 +29,7 @@ from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
+from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights, sums_by_unit
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import listening
@@ -153,10 +154,12 @@ def observe(
     sites: Collection[str] = (),
     needs: Collection[Quantity] = frozenset(Quantity),
     scaler: Any = None,
+    weights: Weights | None = None,
 ) -> Iterator[Evidence]:
     """Measure while the model trains; see `neuronsurgery.surgery.observe`."""
     if every < 1:
         raise EvidenceError(f"every={every}: measure every first, second, ... step, so pass 1 or more")
+    sampling = Sampling(scaler, weights)
     model = unwrap(model)
     discovery = discover(model, include=sites)
     check_banks_in_place(discovery)
@@ -166,7 +169,7 @@ def observe(
     clock = Clock(every)
     with ExitStack() as stack:
         if ACTIVATIONS & set(needs):
-            stack.enter_context(tapped(discovery, evidence, clock, scaler))
+            stack.enter_context(tapped(discovery, evidence, clock, sampling))
         if optimizers:
             stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock))
         else:
@@ -246,10 +249,10 @@ def _installed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any = None) -> Iterator[None]:
+def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, sampling: Sampling = EVEN) -> Iterator[None]:
     """Let the activations of every site flow through taps for as long as the context is open."""
     sinks = {
-        id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.learning.items()
+        id(place.weight): SiteSink(name, place, evidence, clock, sampling) for name, place in discovery.learning.items()
     }
     try:
         with listening(sinks):
@@ -268,8 +271,8 @@ def _rewrite(discovery: Discovery) -> None:
 class SiteSink:
     """Adds the activations of one site, and the gradients that arrive at them, to the evidence."""
 
-    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock, scaler: Any) -> None:
-        self.name, self.evidence, self.clock, self.scaler = name, evidence, clock, scaler
+    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock, sampling: Sampling) -> None:
+        self.name, self.evidence, self.clock, self.sampling = name, evidence, clock, sampling
         self.place = place
         self.offset = len(place.path.links)
 
@@ -277,19 +280,24 @@ class SiteSink:
         if not (self.clock.is_on and torch.is_grad_enabled() and h.requires_grad):
             return
         axes = axes or self.place.path.unit_axes(self.place.product, h.dim())
-        self.add(h.detach(), axes, Quantity.ACTIVATION)
-        h.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self.add(gradient.detach(), axes, Quantity.ACTIVATION_GRADIENT)
-        )
+        weights = self.sampling.of(self.name, h.detach(), axes)
+        self.add(h.detach(), axes, weights)
+        # The weights of these very activations: a forward may come in between, and a module be called more than once.
+        h.register_hook(lambda gradient: self.add_gradient(gradient.detach(), axes, weights))  # type: ignore[no-untyped-call]
 
-    def add(self, values: Tensor, axes: tuple[int, ...], quantity: Quantity) -> None:
-        by_unit = _by_unit(self.place, values.abs(), axes)
-        total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
-        if quantity is Quantity.ACTIVATION_GRADIENT:
-            total = Scaling.of_scaler(self.scaler, total.device).unscaled(total)
+    def add(self, h: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
+        total, count = sums_by_unit(_by_unit(self.place, h.abs(), axes), weights)
+        self._count(total, count, Quantity.ACTIVATION)
+
+    def add_gradient(self, gradient: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
+        total, count = sums_by_unit(_by_unit(self.place, gradient.abs(), axes), weights)
+        total = Scaling.of_scaler(self.sampling.scaler, total.device).unscaled(total)
+        self._count(total, count, Quantity.ACTIVATION_GRADIENT)
+
+    def _count(self, total: Tensor, count: Tensor | int, quantity: Quantity) -> None:
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
-        self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
+        self.evidence.record_samples(self.name, total, torch.where(counts, count, 0), quantity)
 
 
 def _by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -306,24 +314,26 @@ def probe(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
     sites: Collection[str] = (),
+    weights: Weights | None = None,
 ) -> Evidence:
     """Measure on batches without training; see `neuronsurgery.surgery.probe`."""
     if isinstance(batches, Tensor):
         raise EvidenceError(
             "batches is a tensor; pass a list of batches, [batch], so that its rows are not taken for them"
         )
+    sampling = Sampling(weights=weights)
     inner = unwrap(model)
     discovery = discover(inner, include=sites)
     check_banks_in_place(discovery)
     evidence = Evidence(discovery.sites, source=weakref.ref(inner))
-    weights = {name: place.weight for name, place in discovery.learning.items()}
-    with left_alone(inner), tapped(discovery, evidence, Clock(1)):
+    parameters = {name: place.weight for name, place in discovery.learning.items()}
+    with left_alone(inner), tapped(discovery, evidence, Clock(1), sampling):
         for batch in batches:
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
             _check_loss(loss)
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            present = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            present = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
             record_step(evidence, discovery.learning, present)
     if evidence.num_steps + evidence.num_skipped == 0:
         raise EvidenceError(
