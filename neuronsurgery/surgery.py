@@ -37,7 +37,7 @@ from neuronsurgery.errors import (
     UndoError,
     UntraceableError,
 )
-from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
 from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
@@ -627,7 +627,7 @@ def _as_measured(sites: Sites, evidence: Evidence, named: list[str]) -> Sites:
 
 def _evidence_now(backend: Backend, model: Any, sites: Sites, criterion: Criterion) -> Evidence | None:
     """The gradients that are there, for a criterion that asks for them; a function takes what there is."""
-    if criterion.needs & {Quantity.UPDATE_ACTIVITY, Quantity.RELATIVE_UPDATE_ACTIVITY}:
+    if criterion.needs & OF_GRADIENTS:
         return backend.measure(model, sites)
     if any(isinstance(leaf, Custom) for leaf in criterion.leaves()):
         with suppress(EvidenceError):

@@ -64,8 +64,7 @@ def sums_by_unit(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor
     dtype = torch.promote_types(values.dtype, torch.float32)
     if weights is None:
         return values.sum(1, dtype=dtype), values.shape[1]
-    # Units on an axis that holds more than them (channels, flattened with their positions) come with it: (more, *rest).
-    weights = weights.reshape(-1).repeat(values.shape[1] // max(1, weights.numel()))
+    weights = weights.flatten()
     counted = weights > 0
     kept = torch.where(counted, values, torch.zeros_like(values)).to(dtype)  # before the product: 0 * nan is nan
     weights = torch.where(counted, weights, torch.zeros_like(weights))

@@ -129,7 +129,7 @@ class Watch:
         if self.is_open and self._clock.is_on:
             owned = _owned([optimizer])
             places = {name: place for name, place in self.discovery.places.items() if id(place.weight) in owned}
-            record_step(self.evidence, places, gradients_of(places), Scaling.of_optimizer(optimizer))
+            record_step(self.evidence, places, gradients_of(places, self.needs), Scaling.of_optimizer(optimizer))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Count the step, if it was one."""
