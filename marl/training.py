@@ -52,7 +52,7 @@ def train(run: Run, *listeners: Listener) -> None:
     >>> run.progress.num_episodes, run.progress.num_updates
     (320, 320)
     """
-    while not run.is_over:
+    while not (run.is_over or run.is_stopped):
         if run.is_task_over:
             _tell_of_operation(run, run.begin_next_task(), listeners)
         episodes = collect(run.environment, run.agent, epsilon=run.epsilon, seed=run.games_seed)
