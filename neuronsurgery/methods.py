@@ -1,7 +1,7 @@
 """The registry of methods: what each changes, whether the output stays, what it costs, and where it comes from.
 
 People choose a method by comparing. All of these take a model and a criterion as `knife` does, and so serve a
-`Schedule`; what tells them apart is a row here. The page `docs/methods.md` is made of these rows (`make methods`); a test
+`Schedule`; what tells them apart is a row here. The page `docs/methods.md` is made of them (`make methods`); a test
 holds it, and the defaults, to them.
 """
 
