@@ -20,7 +20,7 @@ from neuronsurgery.consumers import Consumers
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import MovedOutput
-from neuronsurgery.pytorch.consumers import Consumer, consumers_of
+from neuronsurgery.pytorch.consuming import Consumer, consumers_of
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import check_plan, num_weights, slot_changes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.plans import Plan
-from neuronsurgery.pytorch.consumers import Consumer
+from neuronsurgery.pytorch.consuming import Consumer
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout, Move, Reshape, UnitFunction
