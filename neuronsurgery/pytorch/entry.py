@@ -20,6 +20,8 @@ from neuronsurgery.pytorch.inspecting import check
 from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
+from neuronsurgery.pytorch.renewing import consumers, reset_units
+from neuronsurgery.pytorch.sharing import reborn
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
 from neuronsurgery.pytorch.state import accept, restore
@@ -34,12 +36,15 @@ __all__ = [
     "check_mirrors",
     "check_source",
     "composites",
+    "consumers",
     "discover",
     "measure",
     "mirror",
     "observe",
     "operate",
     "probe",
+    "reborn",
+    "reset_units",
     "restore",
     "seed",
     "undo",
