@@ -6,12 +6,13 @@ There is one backend, so there is no registry: `surgery.py` imports it when it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from neuronsurgery.checks import Check
 from neuronsurgery.composites import Composites
+from neuronsurgery.consumers import Consumers
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.mirrors import MirrorReport
@@ -136,6 +137,37 @@ class Backend(Protocol):
         generator: Any = None,
     ) -> Report:
         """Carry out a plan, all of it or nothing."""
+
+    def consumers(self, model: Any, *, include: Collection[str] = ()) -> Consumers:
+        """Which layers read the units of each site."""
+
+    def reset_units(
+        self,
+        model: Any,
+        plan: Plan,
+        *,
+        method: str,
+        optimizer: Any = None,
+        init: Any = None,
+        verify: Any = None,
+        generator: Any = None,
+    ) -> Report:
+        """Draw the units of a plan anew and zero their outgoing weights, all of it or nothing."""
+
+    def reborn(
+        self,
+        model: Any,
+        plan: Plan,
+        donors: Mapping[str, Sequence[int]],
+        *,
+        scale: tuple[float, float],
+        per_donor: int,
+        optimizer: Any = None,
+        init: Any = None,
+        verify: Any = None,
+        generator: Any = None,
+    ) -> Report:
+        """Give the units of a plan shares of the work of donors, all of it or nothing."""
 
     def reset(
         self,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from neuronsurgery.measuring import REBORN
 from neuronsurgery.values import Value
 
 __all__ = ["METHODS", "Method", "table"]
@@ -51,6 +52,38 @@ _ROWS = (
         needs_consumers=False,
         source="arXiv 2606.25335",
         defaults={"max_growth": 4.0, "cooldown": 100},
+    ),
+    Method(
+        name="redo",
+        changes="the unit's incoming weights and bias, drawn anew; its outgoing weights, zero",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="ReDo: Sokar et al. 2023",
+        defaults={"criterion": "dormant"},
+        deviations="weights and biases are drawn by the layer's own initializer; Adam's bias correction starts anew "
+        "for what was written, and for nothing else",
+    ),
+    Method(
+        name="regrama",
+        changes="as redo, chosen by gradients of activations",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="ReGraMa: Liu et al. 2025",
+        defaults={"criterion": "grama"},
+        deviations="as redo; norms between weights and activation function are reset with their unit, others are left",
+    ),
+    Method(
+        name="reborn",
+        changes="incoming weights of dormant units, scaled copies of a donor's; their outgoing weights, shares of its",
+        preserves="for positively homogeneous activation functions, where the dormant units handed nothing on",
+        grows="no",
+        needs_consumers=True,
+        source="ReBorn: Qin et al. 2024, as its code has it",
+        defaults={"criterion": REBORN, "over_active": 3.0, "per_donor": 5, "scale": (0.3, 0.8)},
+        deviations="on all sites, not on a mixer alone; optimizer state of what was written is a fresh one's; declined "
+        "behind norms",
     ),
 )
 

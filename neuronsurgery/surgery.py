@@ -18,6 +18,7 @@ from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
 from neuronsurgery.combining import Criterion
 from neuronsurgery.composites import Composites, Member
+from neuronsurgery.consumers import Consumers
 from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
     CheckError,
@@ -39,12 +40,12 @@ from neuronsurgery.errors import (
 )
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.layer_reports import LayerReport
-from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
+from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
 from neuronsurgery.schedules import Act, Scheduling, Settings, needs_of
-from neuronsurgery.scores import Scores
+from neuronsurgery.scores import Scores, over
 from neuronsurgery.scores import score as _score
 from neuronsurgery.selection import COOLDOWN, Selection, select
 from neuronsurgery.sites import Site, Sites
@@ -57,6 +58,7 @@ __all__ = [
     "Check",
     "CheckError",
     "Composites",
+    "Consumers",
     "Criterion",
     "CriterionError",
     "Dormant",
@@ -103,6 +105,7 @@ __all__ = [
     "attach",
     "check",
     "composites",
+    "consumers",
     "discover",
     "knife",
     "l2_regularizer",
@@ -112,7 +115,10 @@ __all__ = [
     "plan",
     "plasticity_injection",
     "probe",
+    "reborn",
+    "redo",
     "regenerative_regularizer",
+    "regrama",
     "reset",
     "reset_optimizer",
     "restore",
@@ -173,21 +179,163 @@ def knife(
         >>> report.operated["0"], bool(torch.allclose(model(x), before, atol=1e-6))
         ((1, 5), True)
     """
-    backend = _backend(model)
-    wanted = as_criterion(criterion)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    found = backend.discover(model, include=_forced(names, wanted), example=verify)
-    if names is not None:
-        found = found.subset(names)
-    _require_sites(found)
-    if evidence is not None:
-        found = _as_measured(found, evidence, _forced(names, wanted))
-    else:
-        evidence = _evidence_now(backend, model, found, wanted)
-    scores = score(found, evidence, wanted, model=model, generator=generator)
-    selection = select(scores, ages=backend.ages(model, optimizer), cooldown=cooldown)
+    backend, wanted = _backend(model), as_criterion(criterion)
+    selection = _selected(
+        model,
+        wanted,
+        evidence=evidence,
+        sites=sites,
+        example=verify,
+        cooldown=(cooldown, optimizer),
+        generator=generator,
+    )
     chosen = plan(selection, max_growth=max_growth)
     return backend.operate(model, chosen, optimizer=optimizer, init=init, verify=verify, generator=generator)
+
+
+def redo(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "dormant",
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Draw the chosen units' incoming weights anew and zero their outgoing ones (ReDo, Sokar et al. 2023).
+
+    Both get the optimizer state of fresh weights. The output changes by what the units handed on. Sites whose consumers
+    are not known (`consumers`) are declined.
+
+    Args:
+        model: any `torch.nn.Module`, unmodified; wrappers (DDP, compiled modules) are taken off.
+        criterion: as for `knife`; its default is `Dormant(threshold=0.025)`.
+        evidence: what was measured, from `observe` or `probe`; dormant units are told by activations.
+        optimizer: the optimizer of the model, or several.
+        sites: as for `knife`; a site that is named and has no known consumers is an error.
+        init: as for `knife`. None: the layer's own `reset_parameters`, weight and bias.
+        verify: a batch on which the report says by how much the output moved.
+        generator: as for `knife`. None: seeded from `torch.initial_seed()` and the weights that are replaced.
+
+    Raises:
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> report = redo(model, Lowest(0.25, of="dormant"), evidence=evidence)
+        >>> report.num_units, int((model[2].weight == 0).all(0).sum())
+        (2, 2)
+    """
+    chosen, _ = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).reset_units(model, chosen, method="redo", **how)
+
+
+def regrama(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "grama",
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Reset units as `redo` does, chosen by the gradients of their activations (ReGraMa, Liu et al. 2025).
+
+    Args and errors are those of `redo`; the default criterion is `GraMa(threshold=0.01)`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> regrama(model, Lowest(0.5, of="grama"), evidence=evidence).num_units
+        4
+    """
+    chosen, _ = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).reset_units(model, chosen, method="regrama", **how)
+
+
+def reborn(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = REBORN,
+    *,
+    over_active: float = 3.0,
+    per_donor: int = 5,
+    scale: tuple[float, float] = (0.3, 0.8),
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Let dormant units take over shares of what over-active ones hand on (ReBorn, Qin et al. 2024).
+
+    A chosen unit takes the incoming weights and bias of an over-active one, times a factor, and a share of each of its
+    outgoing weights, divided by it. Units for which there is no donor are reset as by `redo`. The output stays where
+    the activation function is positively homogeneous (ReLU and its leaky kin) and what the chosen units handed on was
+    nothing; elsewhere it moves, and the report says so.
+
+    Args:
+        model: as for `redo`.
+        criterion: as for `redo`; it must score units as `Dormant` does. The default is `Dormant(threshold=0.1)`.
+        over_active: donors are units whose score is above it.
+        per_donor: how many units take part of one donor at most.
+        scale: the range from which factors are drawn, uniformly.
+        evidence: as for `redo`.
+        optimizer: as for `redo`.
+        sites: as for `redo`.
+        init: as for `redo`, for units without a donor.
+        verify: as for `redo`.
+        generator: as for `redo`.
+
+    Raises:
+        CriterionError: a criterion without scores of dormancy, or numbers out of range.
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     model[0].bias[:2] = torch.tensor([-100.0, 100.0])     # one unit never fires, one always does
+        >>> x = torch.randn(16, 4)
+        >>> evidence = probe(model, [x], lambda model, x: model(x).square().mean())
+        >>> before = model(x)
+        >>> report = reborn(model, Dormant(1e-6), evidence=evidence)
+        >>> report.operated["0"], bool(torch.allclose(model(x), before, rtol=1e-4))
+        ((0,), True)
+    """
+    _require_reborn(over_active, per_donor, scale)
+    chosen, selection = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    donors = {name: over(selection.scores, name, over_active) for name in chosen.units}
+    how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).reborn(model, chosen, donors, scale=scale, per_donor=per_donor, **how)
+
+
+def consumers(model: Any, *, include: Collection[str] = ()) -> Consumers:
+    """Find which layers read the units of each site, and for which sites that cannot be shown, with the reason.
+
+    Methods that zero, share or copy outgoing weights operate on the former only; `knife` needs no consumers.
+
+    Args:
+        model: any `torch.nn.Module`.
+        include: as for `discover`.
+
+    Example:
+        >>> import torch
+        >>> convolution, head = torch.nn.Conv2d(1, 3, 2), torch.nn.Linear(27, 2)
+        >>> found = consumers(torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.Flatten(), head))
+        >>> found.readers
+        {'0': {'3': 9}}
+    """
+    return _backend(model).consumers(model, include=include)
 
 
 def discover(model: Any, *, include: Collection[str] = (), example: Any = None) -> Sites:
@@ -929,9 +1077,60 @@ def _backend(model: Any) -> Backend:
     return cast("Backend", neuronsurgery.pytorch)
 
 
+def _selected(
+    model: Any,
+    wanted: Criterion,
+    *,
+    evidence: Evidence | None,
+    sites: Iterable[str] | None,
+    example: Any = None,
+    cooldown: tuple[int, Any] = (0, None),
+    generator: Any = None,
+) -> Selection:
+    """The units that a criterion chooses now; `cooldown` in steps of the optimizer beside it."""
+    backend = _backend(model)
+    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    found = backend.discover(model, include=_forced(names, wanted), example=example)
+    if names is not None:
+        found = found.subset(names)
+    _require_sites(found)
+    if evidence is not None:
+        found = _as_measured(found, evidence, _forced(names, wanted))
+    else:
+        evidence = _evidence_now(backend, model, found, wanted)
+    scores = score(found, evidence, wanted, model=model, generator=generator)
+    steps, optimizer = cooldown
+    return select(scores, ages=backend.ages(model, optimizer), cooldown=steps)
+
+
+def _planned(
+    model: Any,
+    criterion: Any,
+    *,
+    evidence: Evidence | None,
+    sites: Iterable[str] | None,
+    verify: Any,
+    generator: Any,
+) -> tuple[Plan, Selection]:
+    """The plan of a method that writes outgoing weights; sites that the user named must have consumers."""
+    wanted = as_criterion(criterion)
+    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    selection = _selected(model, wanted, evidence=evidence, sites=names, example=verify, generator=generator)
+    if named := _forced(names, wanted):
+        _backend(model).consumers(model, include=named).require(named)
+    return plan(selection), selection
+
+
 def _forced(names: list[str] | None, criterion: Criterion) -> list[str]:
     """The sites that the user named: in `sites=`, or unit by unit."""
     return [*(names or []), *(criterion.units if isinstance(criterion, Units) else [])]
+
+
+def _require_reborn(over_active: float, per_donor: int, scale: tuple[float, float]) -> None:
+    if not over_active > 1:
+        raise CriterionError(f"over_active is {over_active}; scores have mean 1, so donors are above that")
+    if per_donor < 1 or not 0 < scale[0] <= scale[1]:
+        raise CriterionError(f"per_donor={per_donor} must be at least 1, and scale={scale} a range of positive factors")
 
 
 def _require_sites(sites: Sites) -> None:

@@ -18,7 +18,7 @@ from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
 
-__all__ = ["Init", "check_drawing", "draw", "scratch_of", "seed_for", "seeded"]
+__all__ = ["Init", "check_drawing", "draw", "generator_kept", "scratch_of", "seed_for", "seeded"]
 
 Init = Callable[[Tensor], object]
 
@@ -46,6 +46,18 @@ def seed_for(generator: torch.Generator | None, operation: int) -> int:
     if generator is None:
         return (torch.initial_seed() * 1_000_003 + operation) % 2**63
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+
+
+@contextmanager
+def generator_kept(generator: torch.Generator | None) -> Iterator[None]:
+    """An operation that fails leaves the generator as it was."""
+    state = None if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        raise
 
 
 def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], tuple[str, ...]]:

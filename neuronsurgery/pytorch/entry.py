@@ -22,7 +22,9 @@ from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.regularizing import l2, regenerative, spectral
+from neuronsurgery.pytorch.renewing import consumers, reset_units
 from neuronsurgery.pytorch.resetting import reset, reset_optimizer, scale_head, shrink_and_perturb
+from neuronsurgery.pytorch.sharing import reborn
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
 from neuronsurgery.pytorch.state import accept, restore
@@ -38,6 +40,7 @@ __all__ = [
     "check_mirrors",
     "check_source",
     "composites",
+    "consumers",
     "discover",
     "inject",
     "l2",
@@ -46,9 +49,11 @@ __all__ = [
     "observe",
     "operate",
     "probe",
+    "reborn",
     "regenerative",
     "reset",
     "reset_optimizer",
+    "reset_units",
     "restore",
     "scale_head",
     "seed",
