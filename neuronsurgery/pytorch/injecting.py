@@ -26,7 +26,7 @@ from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.drawing import Init, check_drawing, seed_for
+from neuronsurgery.pytorch.drawing import Init, check_drawing, generator_kept, seed_for
 from neuronsurgery.pytorch.forgetting import forget
 from neuronsurgery.pytorch.fresh_layers import Fresh, fresh_layers
 from neuronsurgery.pytorch.layers import Owned, owned_by
@@ -59,8 +59,7 @@ def inject(
     layers = owned_by(model, [head])
     module = submodule(model, head)
     _refuse(model, head, module)
-    state = None if generator is None else generator.get_state()
-    try:
+    with generator_kept(generator):
         fresh = fresh_layers(layers, seed=seed_for(generator, _depth(module)), init=init)
         changes = list(_changes(module, layers, fresh, optimizers))
         check = None if verify is None else SameOutput(model, verify)
@@ -79,10 +78,6 @@ def inject(
             )
 
         return run([*changes, *([check] if check else [])], report)
-    except BaseException:
-        if generator is not None and state is not None:
-            generator.set_state(state)
-        raise
 
 
 def _changes(

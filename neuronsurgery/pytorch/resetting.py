@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from neuronsurgery.errors import DrawError, ModelError
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.pytorch import optimizers as optimizer_state
-from neuronsurgery.pytorch.drawing import Init, check_drawing, seed_for
+from neuronsurgery.pytorch.drawing import Init, check_drawing, generator_kept, seed_for
 from neuronsurgery.pytorch.forgetting import born_with_parameters, copies_of, forget
 from neuronsurgery.pytorch.fresh_layers import Fresh, fresh_layers
 from neuronsurgery.pytorch.hanging import take_down
@@ -198,17 +198,12 @@ def _drawn(
 ) -> LayerReport:
     """Draw fresh layers, make the changes that they are used for, and report; a fault takes back the generator too."""
     check_drawing(drawing["init"], generator)
-    state = None if generator is None else generator.get_state()
-    try:
+    with generator_kept(generator):
         seed = seed_for(generator, _checksum(asked.parameters))
         fresh = fresh_layers(asked.layers, seed=seed, **drawing)
         _refuse_unfinite(fresh)
         names = {each.owned.name: each.names(has_buffers) for each in fresh}
         return run(list(planned(fresh)), lambda: _report(method, asked, notes, names))
-    except BaseException:
-        if generator is not None and state is not None:
-            generator.set_state(state)
-        raise
 
 
 def _checksum(parameters: Sequence[nn.Parameter]) -> int:
