@@ -1,7 +1,7 @@
 """The registry of methods: what each changes, whether the output stays, what it costs, and where it comes from.
 
-People choose a method by comparing. All of these take a model and a criterion as `knife` does, and so serve a
-`Schedule`; what tells them apart is a row here. The page `docs/methods.md` is made of them (`make methods`); a test
+People choose a method by comparing. Those that choose units take a model and a criterion as `knife` does, those that
+concern whole layers a model alone; both serve a `Schedule`. What tells them apart is a row here. The page `docs/methods.md` is made of them (`make methods`); a test
 holds it, and the defaults, to them.
 """
 
@@ -84,6 +84,96 @@ _ROWS = (
         defaults={"criterion": REBORN, "over_active": 3.0, "per_donor": 5, "scale": (0.3, 0.8)},
         deviations="on all sites, not on a mixer alone; optimizer state of what was written is a fresh one's; declined "
         "behind norms",
+    ),
+    Method(
+        name="reset",
+        changes="all weights, biases and running statistics of the layers, drawn anew or as stored",
+        preserves="no",
+        grows="no; frozen rows and injections of the layers go",
+        needs_consumers=False,
+        source="Nikishin et al. 2022",
+        defaults={"layers": None},
+        deviations="which layers are the last is told by an example's graph; the optimizer's state is a fresh one's "
+        "in any class, counts of steps included",
+    ),
+    Method(
+        name="reset_optimizer",
+        changes="the optimizer's state alone",
+        preserves="yes",
+        grows="no",
+        needs_consumers=False,
+        source="control",
+        defaults={"layers": None},
+    ),
+    Method(
+        name="scale_head",
+        changes="weights and biases of output layers, times a factor",
+        preserves="no: it is scaled",
+        grows="no",
+        needs_consumers=False,
+        source="control",
+        defaults={"layers": 1},
+    ),
+    Method(
+        name="shrink_and_perturb",
+        changes="all weights and biases of the layers: scaled down, and a part of fresh or stored ones added",
+        preserves="no",
+        grows="no",
+        needs_consumers=False,
+        source="Ash & Adams 2020; defaults of D'Oro et al. 2023 and MARR (2024)",
+        defaults={"layers": None, "shrink": 0.8, "perturb": 0.2},
+        deviations="the noise is a draw of each layer's initializer, not a normal of one width; the optimizer's state "
+        "stays",
+    ),
+    Method(
+        name="plasticity_injection",
+        changes="all weights and biases of a module; the old and a copy of the fresh become frozen copies",
+        preserves="yes",
+        grows="two frozen copies of the module",
+        needs_consumers=False,
+        source="Nikishin et al. 2023",
+        deviations="the trained copy lives in the module's own parameters, and their optimizer state is a fresh one's; "
+        "running statistics stay; modules with dropout are refused",
+    ),
+    Method(
+        name="regenerative_regularizer",
+        changes="the loss: a penalty towards the initial weights",
+        preserves="yes",
+        grows="a copy of the weights",
+        needs_consumers=False,
+        source="L2 Init: Kumar et al. 2023",
+        defaults={"layers": None},
+        deviations="norms and scales are left out, as in its code",
+    ),
+    Method(
+        name="l2_regularizer",
+        changes="the loss: a penalty towards zero",
+        preserves="yes",
+        grows="no",
+        needs_consumers=False,
+        source="control",
+        defaults={"layers": None},
+        deviations="norms and scales are left out",
+    ),
+    Method(
+        name="spectral_regularizer",
+        changes="the loss: a penalty towards largest singular values of one, and towards biases of zero",
+        preserves="yes",
+        grows="a vector for each weight",
+        needs_consumers=False,
+        source="Lewandowski et al. 2025",
+        defaults={"layers": None, "exponent": 2, "num_iterations": 1},
+        deviations="norms and scales are left out; the power iteration starts with 32 steps",
+    ),
+    Method(
+        name="upgd",
+        changes="the optimizer: useful weights are moved and perturbed less",
+        preserves="yes",
+        grows="no",
+        needs_consumers=False,
+        source="UPGD: Elsayed & Mahmood 2024, first-order global utility, defaults of its code",
+        defaults={"lr": 1e-5, "weight_decay": 1e-3, "beta_utility": 0.999, "sigma": 1e-3},
+        deviations="where the largest utility is zero, all weights are taken for equally useful",
     ),
 )
 

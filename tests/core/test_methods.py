@@ -12,7 +12,7 @@ from benchmarks.methods import PAGE, page_with_table
 from neuronsurgery import surgery
 from neuronsurgery.methods import METHODS, Method
 
-SHARED = {"evidence", "optimizer", "sites", "verify", "generator", "init"}
+SHARED = {"evidence", "optimizer", "sites", "verify", "generator", "init", "example", "initial"}
 """Arguments that methods share, whose defaults are nothing in particular."""
 
 
