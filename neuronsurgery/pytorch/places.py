@@ -108,6 +108,13 @@ class Place:
         return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     @property
+    def bias(self) -> Slots | None:
+        """The bias in the producer, where each unit has its own; the shift of a norm behind it is none."""
+        slots = self.slots[1]
+        has_own = slots is not None and slots.axes is not None and len(slots.rows()) == self.site.num_units
+        return slots if has_own else None
+
+    @property
     def bank(self) -> Composite | None:
         """The frozen members, once the site was operated on."""
         owner, name = self.owners[0]
