@@ -12,7 +12,9 @@ from marl.agents import Agent
 from marl.environments.protocol import Environment
 from marl.rollout import collect
 
-__all__ = ["Evaluation", "evaluate", "returns_of"]
+__all__ = ["Evaluation", "Interval", "evaluate", "interval_of", "returns_of"]
+
+NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,3 +59,26 @@ def returns_of(episodes: TensorDict) -> Tensor:
     """Undiscounted returns (B,) of episodes."""
     returns: Tensor = (episodes["reward"] * episodes["mask"]).sum(dim=-1)
     return returns
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where a mean lies, with 95 % confidence."""
+
+    low: float
+    """Lower end."""
+    high: float
+    """Upper end."""
+
+
+def interval_of(values: Tensor, *, seed: int = 0) -> Interval:
+    """The percentile bootstrap's interval of the mean of some values (B,). Source: Efron 1979.
+
+    >>> interval_of(torch.tensor([5.0, 5.0]))
+    Interval(low=5.0, high=5.0)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(values), (NUM_RESAMPLES, len(values)), generator=generator)
+    means = values.double()[chosen].mean(dim=-1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(low, high)

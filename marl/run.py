@@ -78,7 +78,6 @@ class Run:
         self.averages = Averages()
         self.at_start: dict[str, float] = {}
         """Shares of units in each condition before the first update."""
-        self.is_stopped = False
         self._open_games()
 
     # -- where it stands
@@ -158,10 +157,6 @@ class Run:
         training = self.settings.training
         self.environment: Environment = self.task.make(training.num_parallel)
         self.evaluation_environment: Environment = self.task.make(training.num_evaluation_episodes)
-
-    def stop(self) -> None:
-        """End the training with the present round; it can be taken up again."""
-        self.is_stopped = True
 
     # -- state
 

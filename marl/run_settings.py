@@ -110,6 +110,7 @@ class RunSettings:
     """Of all random numbers."""
 
     def __post_init__(self) -> None:
+        _require_at_least(0, "seed", self.seed)
         num_parallel, capacity = self.training.num_parallel, self.learning.replay.capacity
         if num_parallel > capacity:
             raise SettingsError(

@@ -61,7 +61,7 @@ class Operations:
     `see` is called with each batch before the learner's update, `step` after it.
 
     Raises:
-        SettingsError: there is nothing to operate on.
+        SettingsError: there is nothing to operate on, or no schedule that is as the settings say.
     """
 
     def __init__(self, learner: Learner, settings: SurgerySettings, *, seed: int) -> None:
@@ -74,7 +74,10 @@ class Operations:
                     f"{settings.method} is to operate on {' and '.join(settings.parts)}, which have no hidden units "
                     "of their own: choose other parts or another mixer"
                 )
-            self._schedule = self._scheduled(settings, seed)
+            try:
+                self._schedule = self._scheduled(settings, seed)
+            except surgery.SurgeryError as error:
+                raise SettingsError(f"surgery: {error}") from error
 
     def _scheduled(self, settings: SurgerySettings, seed: int) -> surgery.Schedule:
         retire: dict[str, Any] = {} if settings.retire is None else {"retire": settings.retire}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from marl.records import Record, take_record
@@ -40,8 +41,15 @@ class Silent:
     def on_save(self, run: Run) -> None: ...
 
 
-def train(run: Run, *listeners: Listener) -> None:
+def never() -> bool:
+    """No."""
+    return False
+
+
+def train(run: Run, *listeners: Listener, is_stopped: Callable[[], bool] = never) -> None:
     """Play and learn until the run is over; one that was loaded goes on where it was saved.
+
+    `is_stopped` is asked before each round; if it says so, training ends there, where the run can be saved.
 
     >>> from dataclasses import replace
     >>> from marl.run import make_run
@@ -52,7 +60,7 @@ def train(run: Run, *listeners: Listener) -> None:
     >>> run.progress.num_episodes, run.progress.num_updates
     (320, 320)
     """
-    while not (run.is_over or run.is_stopped):
+    while not (run.is_over or is_stopped()):
         if run.is_task_over:
             _tell_of_operation(run, run.begin_next_task(), listeners)
         episodes = collect(run.environment, run.agent, epsilon=run.epsilon, seed=run.games_seed)

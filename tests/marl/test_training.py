@@ -140,27 +140,16 @@ def test_a_run_that_was_saved_in_between_goes_on_as_if_it_had_not_been(
     settings, notes = small(algorithm, surgery), Notes()
     whole = finished(settings, notes)
     half = make_run(settings)
-    train(half, StopAfter(3))
-    torch.save(half.state_dict(), tmp_path / "run.pt")
-    half.replay.save(tmp_path / "replay.pt")
+    train(half, is_stopped=lambda: half.progress.round == 3)
+    torch.save({"run": half.state_dict(), "replay": half.replay.state_dict()}, tmp_path / "run.pt")
     resumed, more = make_run(settings), Notes()
-    resumed.load_state_dict(torch.load(tmp_path / "run.pt", weights_only=True))
-    resumed.replay.load(tmp_path / "replay.pt")
+    state = torch.load(tmp_path / "run.pt", weights_only=True)
+    resumed.load_state_dict(state["run"])
+    resumed.replay.load_state_dict(state["replay"])
     train(resumed, more)
     assert_same(weights(whole), weights(resumed))
     assert more.records == notes.records[-len(more.records) :]
     assert resumed.operations.counts() == whole.operations.counts()
-
-
-class StopAfter(Silent):
-    """Ends the training in the middle, from outside."""
-
-    def __init__(self, num_rounds: int) -> None:
-        self.num_rounds = num_rounds
-
-    def on_round(self, run: Run) -> None:
-        if run.progress.round == self.num_rounds:
-            run.stop()
 
 
 def test_records_say_where_the_run_stands_and_how_its_units_are_beside_how_they_were() -> None:
