@@ -131,6 +131,9 @@ class GraMa(Measuring):
         return tuple(score <= self.threshold for score in scores)
 
 
+REBORN = Dormant(0.1)
+"""The units that ReBorn gives a share of others' work, by the threshold of its published code (Qin et al. 2024)."""
+
 NAMED: dict[str, type[Measuring]] = {one.name: one for one in (Stagnant, Dormant, GraMa)}
 """The criteria that `knife(model, name)` accepts by name."""
 
