@@ -96,7 +96,7 @@ class AgentInputs:
             expected = f"(..., {self.num_agents}, {self.obs_size})"
             raise BatchError(f"asked for observations {expected} (agents, values), found {tuple(obs.shape)}")
         joined = torch.empty(*obs.shape[:-1], self.size, dtype=dtype, device=obs.device)
-        pieces = joined.split([self.sizes[part] for part in self.parts], dim=-1)
+        pieces = torch.split(joined, [self.sizes[part] for part in self.parts], dim=-1)
         for part, piece in zip(self.parts, pieces, strict=True):  # written in place: each is read and cast once
             piece.copy_(self._part(part, obs, last_actions))
         return joined

@@ -57,7 +57,7 @@ class _Unrolled(torch.autograd.Function):
         return hidden[1:]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ih, weight_hh, hidden, *saved = ctx.saved_tensors
         grads = [torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)]
