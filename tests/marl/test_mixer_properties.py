@@ -134,7 +134,8 @@ class FlatAttention(nn.Module):
     def forward(self, state: Tensor, actions: Tensor) -> Tensor:
         joint_action = F.one_hot(actions, A).flatten(-2).to(state.dtype)
         share = self.agents(state).sigmoid() * self.actions(torch.cat([state, joint_action], dim=-1)).sigmoid()
-        return (self.key(state).abs() + EPSILON) * share
+        importance: Tensor = (self.key(state).abs() + EPSILON) * share
+        return importance
 
 
 def flat_qplex() -> QPLEX:
