@@ -384,7 +384,7 @@ def observe(
         weights: `weights(site, h)` is called for each tensor of activations h that is measured, and returns how much
             its samples count, for activations (`Dormant`) and their gradients (`GraMa`): non-negative numbers or bools,
             shaped as h without its units' axis (an axis of size 1 stands for any), or None where all count the same.
-            What has weight 0, as padding has, may hold anything, also NaN.
+            What has weight 0, as padding has, may hold anything, also NaN. A weight that is not above 0 counts as 0.
 
     Raises:
         EvidenceError: as the model runs, weights that fit no activations.
