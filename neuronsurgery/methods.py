@@ -85,6 +85,29 @@ _ROWS = (
         deviations="on all sites, not on a mixer alone; optimizer state of what was written is a fresh one's; declined "
         "behind norms",
     ),
+    Method(
+        name="ContinualBackprop",
+        changes="as redo, the least useful unit when one is due; its mean effect is added to its consumers' biases",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="Dohare et al. 2024, as its code has it (contribution utility)",
+        defaults={"rate": 1e-4, "maturity": 100, "decay": 0.99},
+        deviations="any optimizer, corrected; fractions of units accumulate; no bias is corrected behind a maximum, a "
+        "nonlinear function, a norm, or by a grouped convolution",
+    ),
+    Method(
+        name="CCBP",
+        changes="incoming weights and biases move towards a fresh draw, outgoing ones towards zero, by a share that "
+        "falls with gradient",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="the formula alone, as a package has it",
+        defaults={"rate": 0.015, "every": 1000, "decay": 0.99, "sharpness": 16.0},
+        deviations="not known, and chosen here: biases move as weights do, each move draws anew, running means are "
+        "corrected for where they started",
+    ),
 )
 
 METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}

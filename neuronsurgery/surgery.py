@@ -48,16 +48,19 @@ from neuronsurgery.scores import Scores, over
 from neuronsurgery.scores import score as _score
 from neuronsurgery.selection import COOLDOWN, Selection, select
 from neuronsurgery.sites import Site, Sites
+from neuronsurgery.stepping import Stepping
 from neuronsurgery.triggers import EVERY_STEP, Every, Last, Plateau, Share, TaskChange, Trigger
 
 if TYPE_CHECKING:
     from neuronsurgery.backend import Backend
 
 __all__ = [
+    "CCBP",
     "Check",
     "CheckError",
     "Composites",
     "Consumers",
+    "ContinualBackprop",
     "Criterion",
     "CriterionError",
     "Dormant",
@@ -485,7 +488,7 @@ class Schedule(Scheduling):
     ) -> None:
         wanted = as_criterion(criterion)
         settings = Settings(wanted, operate, look, cooldown, max_units, max_share)
-        names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        names = _names(sites)
         if isinstance(wanted, Units):
             names = list(dict.fromkeys(_forced(names, wanted)))
         backend = _backend(model)
@@ -501,6 +504,117 @@ class Schedule(Scheduling):
         arguments = {name: value for name, value in given.items() if value is not None}
         act = Act(method, arguments, verify, dry_run, on_report, follow)
         super().__init__(model, backend, watch, settings, act)
+
+
+class ContinualBackprop(Stepping):
+    """Replace the least useful units little by little (continual backpropagation, Dohare et al. 2024).
+
+    Call `step` after each optimizer step. A unit's utility is a running mean of its absolute activation times the mean
+    size of its outgoing weights. Of the units that are mature, a share `rate` is due at each step; when a whole unit
+    is, that of least utility is drawn anew and silenced as by `redo`, and what it handed on in the mean is added to its
+    consumers' biases. Activations are measured in passes that build a graph.
+
+    Args:
+        model: the model that trains; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several; what is written gets the state of fresh weights. None: left as it is.
+        rate: the share of a site's mature units that is replaced at each step.
+        maturity: for how many steps a unit is left alone after it was replaced.
+        decay: of the running means.
+        sites: names of the only sites to consider. None: all whose consumers are known.
+        init: as for `knife`. None: `torch.nn.init.kaiming_uniform_` for ReLUs, biases zero.
+        generator: as for `redo`; its state becomes part of this one's.
+
+    Raises:
+        CriterionError: numbers out of range.
+        SiteError: no site whose consumers are known, or a named one that is none.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> replacing = ContinualBackprop(model, optimizer, rate=0.05, maturity=5)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     report = replacing.step()
+        >>> replacing.num_units
+        5
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        rate: float = 1e-4,
+        maturity: int = 100,
+        decay: float = 0.99,
+        sites: Iterable[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> None:
+        settings: dict[str, Any] = {"rate": rate, "maturity": maturity, "decay": decay}
+        _require_rates(rate=rate, decay=decay)
+        if maturity < 0:
+            raise CriterionError(f"maturity is {maturity}; it is a number of steps and must be >= 0")
+        how = {"sites": _names(sites), "init": init, "generator": generator}
+        super().__init__(_backend(model).continual_backprop(model, optimizer, **settings, **how), settings)
+
+
+class CCBP(Stepping):
+    """Move every unit towards a fresh one all the time, those of little gradient faster (CCBP).
+
+    Call `step` after each optimizer step, before gradients are zeroed. A unit's utility u is the mean size of its
+    incoming weights' gradient relative to its layer's mean, as a running mean. Every so many steps its incoming weights
+    and bias move towards a fresh draw by the share `rate * sigmoid(-sharpness (u - 1))`, its outgoing weights towards
+    zero by the same. Optimizer state is left as it is.
+
+    Args:
+        model: the model that trains; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several, to check that it owns the model's parameters.
+        rate: the largest share.
+        every: how many steps lie between two moves.
+        decay: of the running means.
+        sharpness: how fast the share falls with utility.
+        sites: names of the only sites to consider. None: all whose consumers are known.
+        init: as for `knife`.
+        generator: as for `redo`; its state becomes part of this one's.
+
+    Raises:
+        CriterionError: numbers out of range.
+        SiteError: no site whose consumers are known, or a named one that is none.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> moving = CCBP(model, optimizer, every=1)
+        >>> model(torch.randn(16, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> moving.step().num_units
+        8
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        rate: float = 0.015,
+        every: int = 1000,
+        decay: float = 0.99,
+        sharpness: float = 16.0,
+        sites: Iterable[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> None:
+        settings: dict[str, Any] = {"rate": rate, "every": every, "decay": decay, "sharpness": sharpness}
+        _require_rates(rate=rate, decay=decay)
+        if every < 1:
+            raise CriterionError(f"every is {every}; it is a number of steps and must be >= 1")
+        how = {"sites": _names(sites), "init": init, "generator": generator}
+        super().__init__(_backend(model).ccbp(model, optimizer, **settings, **how), settings)
 
 
 def score(
@@ -747,7 +861,7 @@ def _selected(
 ) -> Selection:
     """The units that a criterion chooses now; `cooldown` in steps of the optimizer beside it."""
     backend = _backend(model)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    names = _names(sites)
     found = backend.discover(model, include=_forced(names, wanted), example=example)
     if names is not None:
         found = found.subset(names)
@@ -772,7 +886,7 @@ def _planned(
 ) -> tuple[Plan, Selection]:
     """The plan of a method that writes outgoing weights; sites that the user named must have consumers."""
     wanted = as_criterion(criterion)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    names = _names(sites)
     selection = _selected(model, wanted, evidence=evidence, sites=names, example=verify, generator=generator)
     if named := _forced(names, wanted):
         _backend(model).consumers(model, include=named).require(named)
@@ -782,6 +896,15 @@ def _planned(
 def _forced(names: list[str] | None, criterion: Criterion) -> list[str]:
     """The sites that the user named: in `sites=`, or unit by unit."""
     return [*(names or []), *(criterion.units if isinstance(criterion, Units) else [])]
+
+
+def _names(sites: Iterable[str] | None) -> list[str] | None:
+    return None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+
+
+def _require_rates(*, rate: float, decay: float) -> None:
+    if not 0 < rate <= 1 or not 0 <= decay < 1:
+        raise CriterionError(f"rate={rate} is a share, above 0 and at most 1, and decay={decay} at least 0 and below 1")
 
 
 def _require_reborn(over_active: float, per_donor: int, scale: tuple[float, float]) -> None:

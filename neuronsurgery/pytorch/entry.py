@@ -14,6 +14,8 @@ from neuronsurgery.evidence import Evidence
 from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
+from neuronsurgery.pytorch.continual import continual_backprop
+from neuronsurgery.pytorch.continuous import ccbp
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.inspecting import check
@@ -32,11 +34,13 @@ __all__ = [
     "accept",
     "ages",
     "attach",
+    "ccbp",
     "check",
     "check_mirrors",
     "check_source",
     "composites",
     "consumers",
+    "continual_backprop",
     "discover",
     "measure",
     "mirror",

@@ -11,7 +11,7 @@ of a noisy layer: the weight itself has no gradient that is kept.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
-from neuronsurgery.pytorch.taps import listening
+from neuronsurgery.pytorch.taps import Sink, listening
 from neuronsurgery.pytorch.transaction import run
 
 __all__ = [
@@ -40,8 +40,10 @@ __all__ = [
     "Scaling",
     "check_source",
     "evidence_of_gradients",
+    "by_unit",
     "example_outputs",
     "gradients_of",
+    "heard",
     "observe",
     "probe",
     "record_step",
@@ -251,6 +253,13 @@ def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any =
     sinks = {
         id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.learning.items()
     }
+    with heard(discovery, sinks):
+        yield
+
+
+@contextmanager
+def heard(discovery: Discovery, sinks: Mapping[int, Sink]) -> Iterator[None]:
+    """Let sinks hear the activations of sites, by the ids of their weights, for as long as the context is open."""
     try:
         with listening(sinks):
             _rewrite(discovery)
@@ -283,16 +292,16 @@ class SiteSink:
         )
 
     def add(self, values: Tensor, axes: tuple[int, ...], quantity: Quantity) -> None:
-        by_unit = _by_unit(self.place, values.abs(), axes)
-        total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
+        found = by_unit(self.place, values.abs(), axes)
+        total = found.sum(1, dtype=torch.promote_types(found.dtype, torch.float32))
         if quantity is Quantity.ACTIVATION_GRADIENT:
             total = Scaling.of_scaler(self.scaler, total.device).unscaled(total)
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
-        self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
+        self.evidence.record_samples(self.name, total, counts * found.shape[1], quantity)
 
 
-def _by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
+def by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The activations of each unit, (num_units, num_samples), of those that have their units on these axes."""
     return h.movedim(axes, tuple(range(len(axes)))).reshape(place.site.num_units, -1)
 

@@ -30,7 +30,7 @@ from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
 
-__all__ = ["Subject", "column_changes", "consumers", "prepared", "reported", "reset_units", "seed_of"]
+__all__ = ["Subject", "column_changes", "consumers", "prepared", "reported", "reset_units", "seed_of", "silenced"]
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -71,12 +71,17 @@ def reset_units(
             fresh, drawn = draw(place, units, init, seed)
             changes += slot_changes(place, units, fresh, subject.optimizers)
             notes += drawn
-        for _, units, readers in subject.sites():
-            for consumer in readers:
-                columns = consumer.of(units)
-                silent = torch.zeros_like(consumer.axes.take(consumer.weight.detach(), columns))
-                changes += column_changes(consumer, columns, silent, subject.optimizers)
+        changes += silenced(subject)
         return reported(replace(subject, notes=(*subject.notes, *dict.fromkeys(notes))), changes, verify)
+
+
+def silenced(subject: Subject) -> Iterator[Change]:
+    """Zero the outgoing weights of all units of a subject."""
+    for _, units, readers in subject.sites():
+        for consumer in readers:
+            columns = consumer.of(units)
+            silent = torch.zeros_like(consumer.axes.take(consumer.weight.detach(), columns))
+            yield from column_changes(consumer, columns, silent, subject.optimizers)
 
 
 # -- what all of them share ------------------------------------------------------------------------------------------

@@ -24,13 +24,14 @@ from neuronsurgery.composites import Rows
 from neuronsurgery.errors import OptimizerError, ScheduleError
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.births import load_births, saved_births
 from neuronsurgery.pytorch.drawing import check_drawing
 from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, Scaling, gradients_of, record_step, tapped
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.sites import Sites
 
-__all__ = ["Watch", "ages_of", "watch"]
+__all__ = ["Watch", "ages_of", "common_generator", "process_group", "watch"]
 
 
 def watch(
@@ -71,9 +72,9 @@ def watch(
             f"no optimizer owns the weight of any of the {len(places)} sites ({', '.join(places)}): nothing of them "
             "trains, so nothing can be measured; pass the optimizer that trains them"
         )
-    group = _process_group(model)
+    group = process_group(model)
     if group is not None and generator is None:
-        generator = _common_generator(group, next(inner.parameters()).device)
+        generator = common_generator(group, next(inner.parameters()).device)
     found = Discovery(inner, places, found.declined)
     return Watch(found, optimizers, frozenset(needs), Surroundings(generator, scaler, group))
 
@@ -252,6 +253,7 @@ class Watch:
             "every": self._clock.every,
             "num_seen": self._clock.step,
             "evidence": self.evidence.state_dict(),
+            "births": saved_births(self.optimizers, self.discovery.model),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -265,6 +267,7 @@ class Watch:
         self.evidence.load_state_dict(evidence)
         self._clock.step, self.num_steps = state["num_seen"], state["num_steps"]
         self._stepped = {id(self.optimizers[index]) for index in state["stepped"]}
+        load_births(self.optimizers, self.discovery.model, state["births"])
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())
 
@@ -274,14 +277,15 @@ class Watch:
         self._release()
 
 
-def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+def process_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The processes of a model in DistributedDataParallel, compiled or not."""
     while isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def _common_generator(group: dist.ProcessGroup, device: torch.device) -> torch.Generator:
+def common_generator(group: dist.ProcessGroup, device: torch.device) -> torch.Generator:
+    """A generator that all processes seed as the first of them does."""
     seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
     dist.broadcast(seed, group=group, group_src=0)
     return torch.Generator().manual_seed(int(seed))
