@@ -198,6 +198,11 @@ class Backend(Protocol):
     ) -> Runner:
         """Move all units towards fresh ones, the less useful the faster."""
 
+    def widen(
+        self, model: Any, plan: Plan, *, optimizer: Any = None, verify: Any = None, generator: Any = None
+    ) -> Report:
+        """Split the units of a plan in two, all of it or nothing."""
+
     def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
         """Put the old weights of an operation's units back."""
 

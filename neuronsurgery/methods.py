@@ -86,6 +86,16 @@ _ROWS = (
         "behind norms",
     ),
     Method(
+        name="widen",
+        changes="nothing of what is there but outgoing weights, of which a copy of the unit takes a part",
+        preserves="yes",
+        grows="one unit for each that is split, all of it trained",
+        needs_consumers=True,
+        source="Net2WiderNet: Chen et al. 2016",
+        deviations="outgoing weights are shared out at random, not equally, so that no noise is needed; units may be "
+        "chosen by a criterion",
+    ),
+    Method(
         name="ContinualBackprop",
         changes="as redo, the least useful unit when one is due; its mean effect is added to its consumers' biases",
         preserves="no",

@@ -121,6 +121,7 @@ __all__ = [
     "score",
     "select",
     "undo",
+    "widen",
 ]
 
 
@@ -309,6 +310,48 @@ def reborn(
     donors = {name: over(selection.scores, name, over_active) for name in chosen.units}
     how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
     return _backend(model).reborn(model, chosen, donors, scale=scale, per_donor=per_donor, **how)
+
+
+def widen(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Split the chosen units in two, so that their layers are wider and the output stays (Net2Net, Chen et al. 2016).
+
+    A new unit copies the incoming weights, and a random part of each outgoing weight is its own. Parameters stay the
+    same objects and grow, as their state in the optimizer does; what is new has the state of fresh weights. It is the
+    control for capacity. What knows sizes from elsewhere (a view written out, DDP, a saved state) does not follow.
+
+    Args:
+        model: as for `redo`.
+        criterion: the units to split; `Random(0.25)` is the paper's way.
+        evidence: as for `redo`.
+        optimizer: the optimizer of the model, or several; without it, one that exists will fail at its next step.
+        sites: as for `redo`.
+        verify: a batch on which the whole model is compared before and after, in its current mode.
+        generator: as for `redo`.
+
+    Raises:
+        EquivalenceError: the output on the `verify` batch moved; everything was put back.
+        SurgeryError: another of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> before = model(x)
+        >>> report = widen(model, Random(0.25), verify=x)
+        >>> model[0].out_features, bool(torch.allclose(model(x), before, atol=1e-6))
+        (10, True)
+    """
+    chosen, _ = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    return _backend(model).widen(model, chosen, optimizer=optimizer, verify=verify, generator=generator)
 
 
 def consumers(model: Any, *, include: Collection[str] = ()) -> Consumers:

@@ -23,6 +23,7 @@ from neuronsurgery.pytorch.entry import (
     seed,
     undo,
     watch,
+    widen,
 )
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "seed",
     "undo",
     "watch",
+    "widen",
 ]

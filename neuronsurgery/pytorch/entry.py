@@ -28,6 +28,7 @@ from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
 from neuronsurgery.pytorch.state import accept, restore
 from neuronsurgery.pytorch.watching import ages_of, watch
+from neuronsurgery.pytorch.widening import widen
 from neuronsurgery.sites import Sites
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "seed",
     "undo",
     "watch",
+    "widen",
 ]
 
 

@@ -160,9 +160,25 @@ class Watch:
 
     def restart(self) -> None:
         """Forget what was measured; a window that is open goes on with its first step."""
+        self._follow_sizes()
         self.evidence.forget_all()
         self._clock.step = 0
         self._rows = self._rows_now()
+
+    def _follow_sizes(self) -> None:
+        """Look at the model anew where a method has made its layers wider."""
+        places = self.discovery.places
+        if all(each.product.axes.num_units(each.weight.shape) == each.site.num_units for each in places.values()):
+            return
+        is_tapped = self.is_open and bool(self.needs & ACTIVATIONS)
+        self._taps.close()
+        found = discover(self.discovery.model, include=list(places))
+        kept = {name: found.places[name] for name in places if name in found.places}
+        self.discovery = Discovery(found.model, kept, found.declined)
+        self.evidence = Evidence(self.discovery.sites, source=weakref.ref(found.model))
+        if is_tapped:
+            scaler = self.surroundings.scaler
+            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, scaler))
 
     @property
     def num_seen(self) -> int:

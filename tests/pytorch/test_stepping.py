@@ -78,8 +78,8 @@ def test_fractions_of_units_accumulate_and_young_units_are_left_alone() -> None:
         backward(model)
         if report := replacing.step():
             replaced.append((step, report.operated["0"]))
-    # From step 4 on three units are mature, 0.3 a step, 1.2 at step 7. The one replaced is counted again at step 11: 0.2
-    # were left, three steps of two units add 0.6, and one of three 0.3.
+    # From step 4 on three units are mature, 0.3 a step, 1.2 at step 7. The one replaced is counted again at step 11:
+    # 0.2 were left, three steps of two units add 0.6, and one of three 0.3.
     assert [step for step, _ in replaced] == [7, 11]
 
 
