@@ -25,7 +25,7 @@ from neuronsurgery.pytorch.producers import Multiplication, multiplication_at, s
 from neuronsurgery.pytorch.products import Convolution, Linear
 from neuronsurgery.pytorch.reading import Reading
 from neuronsurgery.pytorch.recognition import canonical_name, is_metadata
-from neuronsurgery.pytorch.survey import Survey
+from neuronsurgery.pytorch.survey import Survey, modules_around
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 from neuronsurgery.pytorch.uses import Use
 
@@ -66,7 +66,7 @@ def consumers_of(survey: Survey, place: Place) -> tuple[Consumer, ...] | str:
     if reason := _why_not_apart(place):
         return reason
     entries = [entry for entry in survey.by_weight[id(place.weight)] if not survey.is_superseded(entry)]
-    followed = Following(survey)
+    followed = Following(survey, place)
     for reading, method, use in entries:
         if reason := followed.follow(reading, method, use, place.site.num_units):
             return reason
@@ -93,9 +93,11 @@ class Following:
     """Follows the activations of one site to their consumers; each reason is the first found."""
 
     survey: Survey
+    place: Place
     pending: list[Value] = field(default_factory=list)
     found: dict[int, Consumer] = field(default_factory=dict)  # id of a weight -> what reads
     calls: set[fx.Node] = field(default_factory=set)
+    entries: dict[int, set[fx.Node]] = field(default_factory=dict)  # id of a module entered -> the calls of it
 
     def follow(self, reading: Reading, method: str, use: Use, num_units: int) -> str:
         """Follow one use of the site; "" if all that reads it was found."""
@@ -167,6 +169,7 @@ class Following:
             if not inner:
                 return f"it enters '{user.target}' in a way that cannot be followed"
             self.pending += [(reading.scope, each, layout) for each in inner]
+        self.entries.setdefault(id(reading.scope), set()).add(user)
         return ""
 
     def left(self, scope: nn.Module, node: fx.Node, output: fx.Node, layout: Layout, method: str) -> str:
@@ -257,6 +260,10 @@ class Following:
 
     def complete(self) -> tuple[Consumer, ...] | str:
         """The consumers, if their weights read nothing else."""
+        for key, calls in self.entries.items():
+            for caller, call in self.survey.callers.get(key, ()):
+                if call not in calls:
+                    return f"'{call.target}', which reads it, is called in {original_class(caller).__name__} with more"
         for consumer in self.found.values():
             if reason := self.other_inputs(consumer):
                 return reason
@@ -276,8 +283,19 @@ class Following:
             if any(call not in self.calls for call in callers):
                 return f"its consumer '{consumer.name}' is called with another input too"
             return ""
-        reason = survey.other_role(weight, owners) or survey.other_way_in(weight, owners, entries)
+        reason = survey.other_role(weight, owners) or self.other_callers(weight)
         return f"the weight of its consumer '{consumer.name}' has another role: {reason}" if reason else ""
+
+    def other_callers(self, weight: nn.Parameter) -> str:
+        """A function that was not traced and uses a consumer apart from the site may give it another input."""
+        survey = self.survey
+        around_site, around = (
+            {id(module): module for name in survey.names_of(each) for module in modules_around(survey.model, name)}
+            for each in (self.place.weight, weight)
+        )
+        apart = {id(weight), *(set(around) - set(around_site))}
+        found = (label for _, label, _, target in survey.reaching(apart) if id(target) in apart)
+        return next((f"used by {label}" for label in found), "")
 
 
 _RECURRENT = ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih")
