@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import forbids_inlining, may_change_input
 from neuronsurgery.pytorch.layouts import Layout, Passed
 from neuronsurgery.pytorch.links import UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class, submodule
@@ -58,7 +59,8 @@ class Consumer:
 
     def of(self, units: Tensor) -> Tensor:
         """The columns of some units, one after the other, (num_taken * entries,)."""
-        return self.columns.to(units.device).index_select(0, units).flatten()
+        device = self.weight.device
+        return self.columns.to(device).index_select(0, units.to(device)).flatten()
 
 
 def consumers_of(survey: Survey, place: Place) -> tuple[Consumer, ...] | str:
@@ -154,7 +156,7 @@ class Following:
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return self.recurrent(path, module, node, user, layout)
         reading = self.survey.readings.get(id(module))
-        if reading is not None:
+        if reading is not None and not forbids_inlining(module):
             return self.entered(reading, node, user, layout)
         return self.passed(scope, user, past(user, node, scope, layout, self.width))
 
@@ -201,6 +203,8 @@ class Following:
         name = self.name_of(scope, call)
         if isinstance(call.product, str):
             return f"its consumer '{name}' cannot be written: {call.product}"
+        if user.op == "call_module" and may_change_input(submodule(scope, call.producer)):
+            return f"a hook on its consumer '{name}' may change what that reads"
         if call.computed is not None:
             return f"the weight of its consumer '{name}' is computed, from parameters that other units share"
         axes = _input_axes(call.product)
@@ -215,6 +219,8 @@ class Following:
         """The gates of a recurrent layer read it, through their weights for inputs; both directions do."""
         if user.args[:1] != (node,) or node in user.args[1:] or node in user.kwargs.values() or layout.axis != -1:
             return f"it enters '{path}' otherwise than as its input"
+        if may_change_input(module):
+            return f"a hook on its consumer '{path}' may change what that reads"
         names = [name for name in module._parameters if name in _RECURRENT]
         weights: list[tuple[str, Any, Any]] = [
             (name, module._parameters[name], module._parameters.get(name.replace("weight", "bias"))) for name in names
@@ -282,7 +288,8 @@ class Following:
             callers = [call for owner, _ in owners for _, call in survey.callers.get(id(owner), ())]
             if any(call not in self.calls for call in callers):
                 return f"its consumer '{consumer.name}' is called with another input too"
-            return ""
+            reason = self.other_callers(weight)
+            return f"its consumer '{consumer.name}' is {reason}" if reason else ""
         reason = survey.other_role(weight, owners) or self.other_callers(weight)
         return f"the weight of its consumer '{consumer.name}' has another role: {reason}" if reason else ""
 

@@ -348,6 +348,28 @@ def frozen_head() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2).requires_grad_(False))
 
 
+def hooked(child: int, kind: str) -> Callable[[], nn.Module]:
+    def make() -> Any:
+        model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 2))
+        getattr(model[child], f"register_forward_{kind}")(lambda module, args, *out: (out or args)[0].flip(-1))
+        return model
+
+    return make
+
+
+class Remembering(Forward):
+    """A method that cannot be traced calls the recurrent layer with something else."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), memory=nn.GRUCell(4, 3))
+
+    def forward(self, x):
+        return self.memory(F.relu(self.one(x)))
+
+    def of_input(self, x):
+        return self.memory(x) if x.sum() > 0 else x
+
+
 def attended() -> nn.Module:
     class Attended(Forward):
         def forward(self, x):
@@ -372,6 +394,9 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a consumer called elsewhere": (Elsewhere, "one", "'head.0' has another role: used by Elsewhere.of_input"),
     "a computed weight": (weight_normed, "0", "the weight of its consumer '2' is computed"),
     "a frozen consumer": (frozen_head, "0", "the weight of its consumer '2' is frozen"),
+    "a hook behind": (hooked(2, "hook"), "0", r"a hook on '2' \(Dropout\) may change what its units pass on"),
+    "a hook on the consumer": (hooked(3, "pre_hook"), "0", "a hook on its consumer '3' may change what that reads"),
+    "a recurrent layer called elsewhere": (Remembering, "one", "'memory.weight_ih' is used by Remembering.of_input"),
     "attention": (attended, "one", "'attention'"),
 }
 
