@@ -1,8 +1,8 @@
 """The registry of methods: what each changes, whether the output stays, what it costs, and where it comes from.
 
 People choose a method by comparing. Those that choose units take a model and a criterion as `knife` does, those that
-concern whole layers a model alone; both serve a `Schedule`. What tells them apart is a row here. The page `docs/methods.md` is made of them (`make methods`); a test
-holds it, and the defaults, to them.
+concern whole layers a model alone; both serve a `Schedule`. What tells them apart is a row here. The page
+`docs/methods.md` is made of them (`make methods`); a test holds it, and the defaults, to them.
 """
 
 from __future__ import annotations
