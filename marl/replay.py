@@ -10,7 +10,8 @@ They are kept in the dtypes in which they come, so that a grid of uint8 takes a 
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -81,23 +82,26 @@ class EpisodeReplay:
         """Forget all episodes; the next ones may have other shapes. The random draws go on."""
         self._storage, self.num_added = None, 0
 
-    def save(self, path: str | Path) -> None:
-        """Write the episodes, and where the random draws stand, to a file."""
-        kept = None if self._storage is None else dict(self._storage[: len(self)].items())
+    def state_dict(self) -> dict[str, Any]:
+        """The episodes, and where the random draws stand: tensors and numbers, for `torch.save`."""
+        kept = None
+        if self._storage is not None:
+            full = len(self) == self.capacity
+            # A part is copied, because saving a view saves all that it is a view of.
+            kept = {key: entry if full else entry[: len(self)].clone() for key, entry in self._storage.items()}
         state = {"episodes": kept, "num_added": self.num_added, "capacity": self.capacity}
-        torch.save({**state, "generator": self._generator.get_state()}, path)
+        return {**state, "generator": self._generator.get_state()}
 
-    def load(self, path: str | Path) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what was saved, so that the next draws are those that would have followed.
 
         Raises:
-            CheckpointError: the file is that of a replay with another capacity.
+            CheckpointError: the state is that of a replay with another capacity.
         """
-        state = torch.load(path, weights_only=True)
         if state["capacity"] != self.capacity:
             raise CheckpointError(
-                f"asked to load {path} into a replay of {self.capacity} episodes, found one of {state['capacity']}: "
-                "use the capacity that it was saved with"
+                f"asked to go on with a replay of {self.capacity} episodes, found the state of one of "
+                f"{state['capacity']}: use the capacity that it was saved with"
             )
         self.clear()
         if state["episodes"] is not None:

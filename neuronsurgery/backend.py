@@ -107,6 +107,7 @@ class Backend(Protocol):
         sites: Collection[str] = (),
         needs: Collection[Quantity] = frozenset(Quantity),
         scaler: Any = None,
+        weights: Any = None,
     ) -> AbstractContextManager[Evidence]:
         """Evidence gathered while the model trains."""
 
@@ -117,6 +118,7 @@ class Backend(Protocol):
         loss_fn: Callable[[Any, Any], Any],
         *,
         sites: Collection[str] = (),
+        weights: Any = None,
     ) -> Evidence:
         """Evidence from batches of its own, the model left as it was."""
 
@@ -245,6 +247,7 @@ class Backend(Protocol):
         needs: Collection[Quantity] = (),
         generator: Any = None,
         scaler: Any = None,
+        weights: Any = None,
     ) -> Watch:
         """Watch a model and its optimizers train."""
 

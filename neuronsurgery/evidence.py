@@ -5,7 +5,8 @@ the gradients that are there now. It can be read at any moment. All sums stay on
 measured: recording never waits for an accelerator, only reading does.
 
 Sources: update activity is the quantity of arXiv 2606.25335 (KNIFE), as implemented publicly: 2-norms of the
-incoming row, bias excluded. E|h| is Sokar et al. 2023 (ReDo), E|dL/dh| is Liu et al. 2025 (GraMa), eq. 2.
+incoming row, bias excluded; with the bias as one more entry where that is asked for. E|h| is Sokar et al. 2023
+(ReDo), E|dL/dh| is Liu et al. 2025 (GraMa), eq. 2.
 """
 
 from __future__ import annotations
@@ -33,10 +34,32 @@ class Quantity(str, Enum):
     """Mean over steps of `UA_i = |grad w_i| / (|w_i| + eps)`."""
     RELATIVE_UPDATE_ACTIVITY = "relative_update_activity"
     """Mean over steps of UA_i divided by the layer's mean of UA in that step."""
+    UPDATE_ACTIVITY_WITH_BIAS = "update_activity_with_bias"
+    """As the update activity, of w_i with the unit's bias as one more entry; without a bias the same."""
+    RELATIVE_UPDATE_ACTIVITY_WITH_BIAS = "relative_update_activity_with_bias"
+    """As the relative update activity, with the bias."""
     ACTIVATION = "activation"
     """`E|h_i|` over samples, after the activation function."""
     ACTIVATION_GRADIENT = "activation_gradient"
     """`E|dL/dh_i|` over samples."""
+
+
+WITH_BIAS = frozenset({Quantity.UPDATE_ACTIVITY_WITH_BIAS, Quantity.RELATIVE_UPDATE_ACTIVITY_WITH_BIAS})
+"""What is measured of rows with their biases."""
+
+ACTIVITIES = {
+    Quantity.UPDATE_ACTIVITY: Quantity.RELATIVE_UPDATE_ACTIVITY,
+    Quantity.UPDATE_ACTIVITY_WITH_BIAS: Quantity.RELATIVE_UPDATE_ACTIVITY_WITH_BIAS,
+}
+"""What is measured over steps: an update activity -> the relative one."""
+
+OF_GRADIENTS = frozenset({*ACTIVITIES, *ACTIVITIES.values()})
+"""What gradients alone say; the other quantities need activations."""
+
+Norms = Mapping[str, tuple[Array, Array]]
+"""Site -> the norms of its rows and of their gradients, each of shape (num_units,)."""
+
+NOTHING: Norms = FrozenMapping({})
 
 
 def update_activity(weight_norm: Array, gradient_norm: Array, eps: float = 1e-12) -> Array:
@@ -68,7 +91,9 @@ def relative(x: Array) -> Array:
 @dataclass
 class _Sum:
     total: Array  # (num_units,)
-    count: Array | int  # a 0-d integer array on the device of `total`, or a plain int
+    count: (
+        Array | float
+    )  # a 0-d array on the device of `total`, or a plain number; no integer where samples have weights
 
 
 class Evidence:
@@ -92,8 +117,10 @@ class Evidence:
         self._num_skipped: Array | int = 0
         self._sums: dict[str, dict[Quantity, _Sum]] = {name: {} for name in sites}
 
-    def record_step(self, norms: Mapping[str, tuple[Array, Array]], usable: Array | bool = True) -> None:
+    def record_step(self, norms: Norms, usable: Array | bool = True, *, with_bias: Norms = NOTHING) -> None:
         """Adds a training step: site -> (weight_norm, gradient_norm), each (num_units,), float32 or float64.
+
+        `with_bias` are the same norms with the unit's bias, and its gradient, as one more entry, where they are wanted.
 
         `usable` (a bool, or a 0-d bool array on any device) is false for a step that must not count, such as
         one whose gradients are not finite; such a step is only counted as skipped. A site absent from `norms`
@@ -101,7 +128,7 @@ class Evidence:
 
         Raises `SiteError` for an unknown site, `EvidenceError` for a wrong shape.
         """
-        for name, pair in norms.items():
+        for name, pair in (*norms.items(), *with_bias.items()):
             for norm in pair:
                 self._check_shape(name, norm)
         if isinstance(usable, bool):
@@ -112,12 +139,13 @@ class Evidence:
             self._num_steps = self._num_steps + xp.astype(usable, xp.int64)
             self._num_skipped = self._num_skipped + xp.astype(xp.logical_not(usable), xp.int64)
         if usable is not False:
-            for name, (weight_norm, gradient_norm) in norms.items():
-                self._record_site(name, weight_norm, gradient_norm, usable)
+            for quantity, each in zip(ACTIVITIES, (norms, with_bias), strict=True):
+                for name, (weight_norm, gradient_norm) in each.items():
+                    self._record_site(name, quantity, update_activity(weight_norm, gradient_norm), usable)
 
-    def record_samples(self, site: str, magnitude_sum: Array, num_samples: Array | int, quantity: Quantity) -> None:
+    def record_samples(self, site: str, magnitude_sum: Array, num_samples: Array | float, quantity: Quantity) -> None:
         """Adds samples: `magnitude_sum`, (num_units,), is the sum of |h| or |dL/dh| over `num_samples`
-        (an int, or a 0-d integer array on the same device).
+        (a number, or a 0-d array on the same device); of weighted samples the sum of w|h|, over the sum of the weights.
 
         Raises `SiteError` for an unknown site, `EvidenceError` for a wrong shape or a quantity of steps.
         """
@@ -134,11 +162,10 @@ class Evidence:
         """
         self.sites.require(site)
         sums = self._sums[site]
-        activity = sums.get(Quantity.UPDATE_ACTIVITY)
         means = {quantity: _mean(one, one.count) for quantity, one in sums.items()}
-        if activity is not None:
-            share = sums[Quantity.RELATIVE_UPDATE_ACTIVITY]
-            means[Quantity.RELATIVE_UPDATE_ACTIVITY] = _mean(share, activity.count)
+        for activity, share in ACTIVITIES.items():
+            if activity in sums:
+                means[share] = _mean(sums[share], sums[activity].count)
         return FrozenMapping(means)
 
     @property
@@ -151,11 +178,15 @@ class Evidence:
         """How many steps were not usable."""
         return int(self._num_skipped)
 
-    def num_samples(self, site: str, quantity: Quantity) -> int:
-        """Returns how many samples (steps, for update activities) the site's mean of `quantity` rests on."""
+    def num_samples(self, site: str, quantity: Quantity) -> float:
+        """Returns how many samples (steps, for update activities) the site's mean of `quantity` rests on.
+
+        That is an integer, except where samples have weights that are none: then it is the sum of these.
+        """
         self.sites.require(site)
         recorded = self._sums[site].get(quantity)
-        return 0 if recorded is None else int(recorded.count)
+        count = 0.0 if recorded is None else float(recorded.count)
+        return int(count) if count.is_integer() else count
 
     def forget(self, site: str) -> None:
         """Drops what was recorded of a site, as after an operation on it; the others' stays."""
@@ -194,15 +225,14 @@ class Evidence:
         rows = [self._row(name) for name in self.sites]
         return render(title, ("site", "units", "steps", "samples", "quantities"), rows)
 
-    def _row(self, name: str) -> tuple[str, int, int, int, str]:
+    def _row(self, name: str) -> tuple[str, int, float, float, str]:
         samples = [self.num_samples(name, one) for one in (Quantity.ACTIVATION, Quantity.ACTIVATION_GRADIENT)]
         quantities = [quantity.value for quantity in Quantity if quantity in self._sums[name]]
         steps = self.num_samples(name, Quantity.UPDATE_ACTIVITY)
         return (name, self.sites[name].num_units, steps, max(samples), ", ".join(quantities) or "nothing")
 
-    def _record_site(self, name: str, weight_norm: Array, gradient_norm: Array, usable: Array | bool) -> None:
-        xp = array_namespace(weight_norm, gradient_norm)
-        activity = update_activity(weight_norm, gradient_norm)
+    def _record_site(self, name: str, quantity: Quantity, activity: Array, usable: Array | bool) -> None:
+        xp = array_namespace(activity)
         counts = xp.all(xp.isfinite(activity))
         if not isinstance(usable, bool):
             counts = xp.logical_and(counts, to_device(usable, device(activity)))
@@ -210,8 +240,8 @@ class Evidence:
         is_moving = xp.logical_and(counts, xp.any(activity > 0))
         share = xp.where(is_moving, relative(activity), xp.zeros_like(activity))
         sums = self._sums[name]
-        _accumulate(sums, Quantity.UPDATE_ACTIVITY, activity, xp.astype(counts, xp.int64))
-        _accumulate(sums, Quantity.RELATIVE_UPDATE_ACTIVITY, share, xp.astype(is_moving, xp.int64))
+        _accumulate(sums, quantity, activity, xp.astype(counts, xp.int64))
+        _accumulate(sums, ACTIVITIES[quantity], share, xp.astype(is_moving, xp.int64))
 
     def _check_shape(self, name: str, values: Array) -> None:
         num_units = self.sites.require(name).num_units
@@ -222,14 +252,14 @@ class Evidence:
             )
 
 
-def _accumulate(sums: dict[Quantity, _Sum], quantity: Quantity, total: Array, count: Array | int) -> None:
+def _accumulate(sums: dict[Quantity, _Sum], quantity: Quantity, total: Array, count: Array | float) -> None:
     before = sums.get(quantity)
     if before is not None:
         total, count = before.total + total, before.count + count
     sums[quantity] = _Sum(total, count)
 
 
-def _mean(one: _Sum, seen: Array | int) -> Array:
+def _mean(one: _Sum, seen: Array | float) -> Array:
     """The mean of a sum, NaN if nothing was seen; `seen` may exceed the count by what contributed nothing."""
     xp = array_namespace(one.total)
     like = {"dtype": one.total.dtype, "device": device(one.total)}

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from neuronsurgery.combining import CRITERIA, Criterion, Mask, Measuring, require_range
 from neuronsurgery.errors import CriterionError, near_names
-from neuronsurgery.evidence import Quantity
+from neuronsurgery.evidence import ACTIVITIES, Quantity
 
 MEAN_IS_ONE = "the scores of a layer have mean 1, so a threshold is a fraction of an average unit"
 PART_OF_SITE = "it is a fraction of a site's units"
@@ -27,6 +27,10 @@ class Stagnant(Measuring):
     each step is normalized before the steps are averaged, so that every step counts the same; with
     `average="ua"` the averages of UA are normalized, as published.
 
+    With `bias=True` the unit's bias in the producer is one more entry of w_i; published scores leave it out. Behind an
+    input that hardly varies, weights may lie near zero while the bias does the work: without it these units score
+    high. Where a producer has no bias the scores are the same either way; a norm's shift is none.
+
     Source: arXiv 2606.25335 (KNIFE), as implemented publicly, from where the threshold and eps come.
     Raises `CriterionError` unless 0 < threshold <= 1.
 
@@ -37,6 +41,7 @@ class Stagnant(Measuring):
     name: ClassVar[str] = "stagnant"
     threshold: float = 0.25
     average: Literal["scores", "ua"] = "scores"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,18 +51,28 @@ class Stagnant(Measuring):
                 f"Stagnant.average is {self.average!r}; it must be 'scores' (each step normalized, then "
                 "averaged) or 'ua' (averaged, then normalized)"
             )
+        if not isinstance(self.bias, bool):
+            raise CriterionError(
+                f"Stagnant.bias is {self.bias!r}; it must be True (norms of rows with their biases) or False (without)"
+            )
 
     @property
     def quantity(self) -> Quantity:
-        is_normalized_first = self.average == "scores"
-        return Quantity.RELATIVE_UPDATE_ACTIVITY if is_normalized_first else Quantity.UPDATE_ACTIVITY
+        activity = Quantity.UPDATE_ACTIVITY_WITH_BIAS if self.bias else Quantity.UPDATE_ACTIVITY
+        return ACTIVITIES[activity] if self.average == "scores" else activity
 
     @property
     def score_name(self) -> str:
-        return self.name if self.average == "scores" else f"{self.name}_{self.average}"
+        average = "" if self.average == "scores" else f"_{self.average}"
+        return f"{self.name}{average}{'_bias' if self.bias else ''}"
 
     def choose(self, scores: Sequence[float]) -> Mask:
         return tuple(score < self.threshold for score in scores)
+
+    def __repr__(self) -> str:
+        # Without the bias it is what was printed, and saved in states of schedules, before there was the option.
+        bias = ", bias=True" if self.bias else ""
+        return f"Stagnant(threshold={self.threshold!r}, average={self.average!r}{bias})"
 
 
 @dataclass(frozen=True)

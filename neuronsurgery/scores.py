@@ -20,6 +20,8 @@ from neuronsurgery.values import Value
 SOURCES = {
     Quantity.UPDATE_ACTIVITY: "gradients",
     Quantity.RELATIVE_UPDATE_ACTIVITY: "gradients",
+    Quantity.UPDATE_ACTIVITY_WITH_BIAS: "gradients with biases",
+    Quantity.RELATIVE_UPDATE_ACTIVITY_WITH_BIAS: "gradients with biases",
     Quantity.ACTIVATION: "activations",
     Quantity.ACTIVATION_GRADIENT: "activation gradients",
 }
@@ -138,7 +140,7 @@ def _what_is_missing(
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
     found = sorted({SOURCES[quantity] for one in measured.values() for quantity in one})
     what = " and ".join(sorted({SOURCES[quantity] for quantity in missing}))
-    backward = "call loss.backward() first, or " if what == "gradients" else ""
+    backward = "call loss.backward() first, or " if what.startswith("gradients") else ""
     return (
         f"criterion {leaf.name!r} needs the {what} of site {names[0]!r}{others}; "
         f"found {'only ' + ' and '.join(found) if found else 'none'}: {backward}measure with "

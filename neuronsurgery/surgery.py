@@ -38,7 +38,7 @@ from neuronsurgery.errors import (
     UndoError,
     UntraceableError,
 )
-from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
@@ -364,6 +364,7 @@ def observe(
     sites: Collection[str] = (),
     criterion: Criterion | str | None = None,
     scaler: Any = None,
+    weights: Callable[[str, Any], Any] | None = None,
 ) -> AbstractContextManager[Evidence]:
     """Measure a model while it trains, for as long as the `with` block is open.
 
@@ -380,6 +381,13 @@ def observe(
             alone. None: all that can be measured.
         scaler: the `torch.amp.GradScaler` by which losses are multiplied. What an optimizer reads is unscaled without
             it; with it, so are the gradients of activations (`GraMa`), and those that are read without an optimizer.
+        weights: `weights(site, h)` is called for each tensor of activations h that is measured, and returns how much
+            its samples count, for activations (`Dormant`) and their gradients (`GraMa`): non-negative numbers or bools,
+            shaped as h without its units' axis (an axis of size 1 stands for any), or None where all count the same.
+            What has weight 0, as padding has, may hold anything, also NaN.
+
+    Raises:
+        EvidenceError: as the model runs, weights that fit no activations.
 
     Example:
         >>> import torch
@@ -394,11 +402,17 @@ def observe(
         3
     """
     needs = frozenset(Quantity) if criterion is None else needs_of(as_criterion(criterion))
-    return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs, scaler=scaler)
+    around = {"scaler": scaler, "weights": weights}
+    return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs, **around)
 
 
 def probe(
-    model: Any, batches: Iterable[Any], loss_fn: Callable[[Any, Any], Any], *, sites: Collection[str] = ()
+    model: Any,
+    batches: Iterable[Any],
+    loss_fn: Callable[[Any, Any], Any],
+    *,
+    sites: Collection[str] = (),
+    weights: Callable[[str, Any], Any] | None = None,
 ) -> Evidence:
     """Measure a model on batches, one step each, without training it.
 
@@ -407,6 +421,7 @@ def probe(
         batches: an iterable of batches.
         loss_fn: `loss_fn(model, batch)` runs the model and returns a scalar loss with its graph.
         sites: names of range-bearing producers to measure as well.
+        weights: as for `observe`.
 
     Gradients, buffers, random states and modes are left as they were.
 
@@ -417,7 +432,7 @@ def probe(
         >>> evidence.num_samples("0", Quantity.ACTIVATION), model[0].weight.grad is None
         (16, True)
     """
-    return _backend(model).probe(model, batches, loss_fn, sites=sites)
+    return _backend(model).probe(model, batches, loss_fn, sites=sites, weights=weights)
 
 
 class Schedule(Scheduling):
@@ -451,6 +466,7 @@ class Schedule(Scheduling):
         generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
             processes seed alike.
         scaler: as for `observe`.
+        weights: as for `observe`; what is measured before an operation, in each window anew.
         options: passed on to the method: `max_growth=`, `init=` ...
 
     Raises:
@@ -493,6 +509,7 @@ class Schedule(Scheduling):
         frozen: Literal["own", "shared"] = "own",
         generator: Any = None,
         scaler: Any = None,
+        weights: Callable[[str, Any], Any] | None = None,
         **options: Any,
     ) -> None:
         wanted = None if criterion is None else as_criterion(criterion)
@@ -509,8 +526,9 @@ class Schedule(Scheduling):
         follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
         if follow is not None:
             backend.check_mirrors(model, onto=mirrors, sites=list(found))
+        around = {"generator": generator, "scaler": scaler, "weights": weights}
         needs = frozenset[Quantity]() if wanted is None else needs_of(wanted)
-        watch = backend.watch(model, optimizer, sites=names, needs=needs, generator=generator, scaler=scaler)
+        watch = backend.watch(model, optimizer, sites=names, needs=needs, **around)
         given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
         arguments = {name: value for name, value in given.items() if value is not None}
         act = Act(method, arguments, wanted is not None, verify, dry_run, on_report, follow)
@@ -1150,7 +1168,7 @@ def _as_measured(sites: Sites, evidence: Evidence, named: list[str]) -> Sites:
 
 def _evidence_now(backend: Backend, model: Any, sites: Sites, criterion: Criterion) -> Evidence | None:
     """The gradients that are there, for a criterion that asks for them; a function takes what there is."""
-    if criterion.needs & {Quantity.UPDATE_ACTIVITY, Quantity.RELATIVE_UPDATE_ACTIVITY}:
+    if criterion.needs & OF_GRADIENTS:
         return backend.measure(model, sites)
     if any(isinstance(leaf, Custom) for leaf in criterion.leaves()):
         with suppress(EvidenceError):

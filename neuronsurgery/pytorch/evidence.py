@@ -11,10 +11,10 @@ of a noisy layer: the weight itself has no gradient that is kept.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.errors import EvidenceError
-from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.evidence import WITH_BIAS, Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
+from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights, sums_by_unit
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import listening
@@ -51,6 +52,9 @@ __all__ = [
 ACTIVATIONS = frozenset({Quantity.ACTIVATION, Quantity.ACTIVATION_GRADIENT})
 """What is measured through taps; the other quantities are read from gradients alone."""
 
+Norms: TypeAlias = tuple[Tensor, Tensor]
+"""The 2-norms of a site's rows and of their gradients, each (num_units,)."""
+
 
 def evidence_of_gradients(discovery: Discovery) -> Evidence:
     """One step of evidence from the gradients that the model's parameters hold now.
@@ -59,14 +63,15 @@ def evidence_of_gradients(discovery: Discovery) -> Evidence:
         EvidenceError: no site's weight has a gradient.
     """
     present = gradients_of(discovery.learning)
-    if discovery.learning and not present:
+    if discovery.learning and not present.weights:
         raise EvidenceError(
             f"no gradients are present: all {len(discovery.learning)} sites' weights have .grad None. Call "
             "loss.backward() first, or measure with surgery.observe(model, optimizer) in training or "
             "surgery.probe(model, batches, loss_fn), and pass evidence="
         )
     evidence = Evidence(discovery.sites, source=weakref.ref(discovery.model))
-    evidence.record_step(_norms(discovery.learning, present))
+    plain, with_bias = _norms(discovery.learning, present)
+    evidence.record_step(plain, with_bias=with_bias)
     return evidence
 
 
@@ -91,24 +96,52 @@ def row_norms(values: Tensor) -> Tensor:
     return norms
 
 
-def _norms(places: dict[str, Place], gradients: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    return {
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """The gradients of weights, and of the biases beside them, by the sites' names."""
+
+    weights: dict[str, Tensor]
+    biases: dict[str, Tensor] | None
+    """Those that there are; None: biases are not measured."""
+
+
+def _norms(places: dict[str, Place], gradients: Gradients) -> tuple[dict[str, Norms], dict[str, Norms]]:
+    """The norms of rows and their gradients, and the same with the biases, of no site where they are not measured."""
+    plain = {
         name: (row_norms(places[name].rows(places[name].weight)), row_norms(places[name].rows(gradient)))
-        for name, gradient in gradients.items()
+        for name, gradient in gradients.weights.items()
     }
+    if gradients.biases is None:
+        return plain, {}
+    return plain, {name: _with_bias(places[name], plain[name], gradients.biases.get(name)) for name in plain}
+
+
+def _with_bias(place: Place, norms: Norms, gradient: Tensor | None) -> Norms:
+    """Norms with one more entry; a bias without a gradient stands still, and no bias adds nothing."""
+    slots = place.bias
+    if slots is None:
+        return norms
+    weight_norm, gradient_norm = norms
+    bias_norm = row_norms(slots.rows())
+    if gradient is not None:
+        gradient_norm = torch.hypot(gradient_norm, row_norms(replace(slots, tensor=gradient).rows()).to(gradient_norm))
+    return torch.hypot(weight_norm, bias_norm.to(weight_norm)), gradient_norm
 
 
 def record_step(
-    evidence: Evidence, places: dict[str, Place], gradients: dict[str, Tensor], scaling: Scaling | None = None
+    evidence: Evidence, places: dict[str, Place], gradients: Gradients, scaling: Scaling | None = None
 ) -> None:
     """One step; the gradients are `scaling.scale` times as large as they should be, and count if none overflowed."""
     scaling = scaling or Scaling()
-    norms = {name: (w, scaling.unscaled(g)) for name, (w, g) in _norms(places, gradients).items()}
-    if norms:
-        flags = [g.isfinite().all() for _, g in norms.values()]  # stay on the device: nothing waits for it
+    plain, with_bias = (
+        {name: (w, scaling.unscaled(g)) for name, (w, g) in norms.items()} for norms in _norms(places, gradients)
+    )
+    if plain:
+        flags = [g.isfinite().all() for _, g in plain.values()]  # stay on the device: nothing waits for it
         if scaling.found_inf is not None:
             flags.append(scaling.found_inf.reshape(()) == 0)
-        evidence.record_step(norms, usable=torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+        usable = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+        evidence.record_step(plain, usable=usable, with_bias=with_bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +169,17 @@ class Scaling:
         return values if self.scale is None else values / self.scale.to(values)
 
 
-def gradients_of(places: dict[str, Place]) -> dict[str, Tensor]:
-    """The gradients that the weights of these places hold now."""
-    return {name: place.weight.grad for name, place in places.items() if place.weight.grad is not None}
+def gradients_of(places: dict[str, Place], needs: Collection[Quantity] = WITH_BIAS) -> Gradients:
+    """The gradients that the weights of these places hold now, and the biases if what is needed asks for them."""
+    weights = _present({name: place.weight.grad for name, place in places.items()})
+    if not WITH_BIAS & set(needs):
+        return Gradients(weights, None)
+    biases = {name: place.bias.tensor.grad for name, place in places.items() if place.bias is not None}
+    return Gradients(weights, _present(biases))
+
+
+def _present(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
 # -- while training --------------------------------------------------------------------------------------------------
@@ -153,10 +194,12 @@ def observe(
     sites: Collection[str] = (),
     needs: Collection[Quantity] = frozenset(Quantity),
     scaler: Any = None,
+    weights: Weights | None = None,
 ) -> Iterator[Evidence]:
     """Measure while the model trains; see `neuronsurgery.surgery.observe`."""
     if every < 1:
         raise EvidenceError(f"every={every}: measure every first, second, ... step, so pass 1 or more")
+    sampling = Sampling(scaler, weights)
     model = unwrap(model)
     discovery = discover(model, include=sites)
     check_banks_in_place(discovery)
@@ -166,11 +209,11 @@ def observe(
     clock = Clock(every)
     with ExitStack() as stack:
         if ACTIVATIONS & set(needs):
-            stack.enter_context(tapped(discovery, evidence, clock, scaler))
+            stack.enter_context(tapped(discovery, evidence, clock, sampling))
         if optimizers:
-            stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock))
+            stack.enter_context(_after_optimizer_steps(optimizers, discovery, evidence, clock, needs))
         else:
-            stack.enter_context(_after_backward(discovery, evidence, clock, scaler))
+            stack.enter_context(_after_backward(discovery, evidence, clock, scaler, needs))
         yield evidence
 
 
@@ -187,7 +230,11 @@ class Clock:
 
 @contextmanager
 def _after_optimizer_steps(
-    optimizers: Sequence[Optimizer], discovery: Discovery, evidence: Evidence, clock: Clock
+    optimizers: Sequence[Optimizer],
+    discovery: Discovery,
+    evidence: Evidence,
+    clock: Clock,
+    needs: Collection[Quantity],
 ) -> Iterator[None]:
     """Read the gradients as each optimizer is about to use them; several optimizers' sites make one step each."""
 
@@ -197,7 +244,7 @@ def _after_optimizer_steps(
 
         def read(*_: Any) -> None:
             if clock.is_on:
-                record_step(evidence, places, gradients_of(places), Scaling.of_optimizer(optimizer))
+                record_step(evidence, places, gradients_of(places, needs), Scaling.of_optimizer(optimizer))
             if optimizer is optimizers[-1]:
                 clock.step += 1
 
@@ -208,14 +255,16 @@ def _after_optimizer_steps(
 
 
 @contextmanager
-def _after_backward(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any) -> Iterator[None]:
+def _after_backward(
+    discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any, needs: Collection[Quantity]
+) -> Iterator[None]:
     """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
     pending: list[bool] = []
 
     def finish() -> None:
         pending.clear()
-        if clock.is_on and (gradients := gradients_of(discovery.learning)):
-            scaling = Scaling.of_scaler(scaler, next(iter(gradients.values())).device)
+        if clock.is_on and (gradients := gradients_of(discovery.learning, needs)).weights:
+            scaling = Scaling.of_scaler(scaler, next(iter(gradients.weights.values())).device)
             record_step(evidence, discovery.learning, gradients, scaling)
         clock.step += 1
 
@@ -246,10 +295,10 @@ def _installed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, scaler: Any = None) -> Iterator[None]:
+def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, sampling: Sampling = EVEN) -> Iterator[None]:
     """Let the activations of every site flow through taps for as long as the context is open."""
     sinks = {
-        id(place.weight): SiteSink(name, place, evidence, clock, scaler) for name, place in discovery.learning.items()
+        id(place.weight): SiteSink(name, place, evidence, clock, sampling) for name, place in discovery.learning.items()
     }
     try:
         with listening(sinks):
@@ -268,8 +317,8 @@ def _rewrite(discovery: Discovery) -> None:
 class SiteSink:
     """Adds the activations of one site, and the gradients that arrive at them, to the evidence."""
 
-    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock, scaler: Any) -> None:
-        self.name, self.evidence, self.clock, self.scaler = name, evidence, clock, scaler
+    def __init__(self, name: str, place: Place, evidence: Evidence, clock: Clock, sampling: Sampling) -> None:
+        self.name, self.evidence, self.clock, self.sampling = name, evidence, clock, sampling
         self.place = place
         self.offset = len(place.path.links)
 
@@ -277,19 +326,24 @@ class SiteSink:
         if not (self.clock.is_on and torch.is_grad_enabled() and h.requires_grad):
             return
         axes = axes or self.place.path.unit_axes(self.place.product, h.dim())
-        self.add(h.detach(), axes, Quantity.ACTIVATION)
-        h.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self.add(gradient.detach(), axes, Quantity.ACTIVATION_GRADIENT)
-        )
+        weights = self.sampling.of(self.name, h.detach(), axes)
+        self.add(h.detach(), axes, weights)
+        # The weights of these very activations: a forward may come in between, and a module be called more than once.
+        h.register_hook(lambda gradient: self.add_gradient(gradient.detach(), axes, weights))  # type: ignore[no-untyped-call]
 
-    def add(self, values: Tensor, axes: tuple[int, ...], quantity: Quantity) -> None:
-        by_unit = _by_unit(self.place, values.abs(), axes)
-        total = by_unit.sum(1, dtype=torch.promote_types(by_unit.dtype, torch.float32))
-        if quantity is Quantity.ACTIVATION_GRADIENT:
-            total = Scaling.of_scaler(self.scaler, total.device).unscaled(total)
+    def add(self, h: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
+        total, count = sums_by_unit(_by_unit(self.place, h.abs(), axes), weights)
+        self._count(total, count, Quantity.ACTIVATION)
+
+    def add_gradient(self, gradient: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
+        total, count = sums_by_unit(_by_unit(self.place, gradient.abs(), axes), weights)
+        total = Scaling.of_scaler(self.sampling.scaler, total.device).unscaled(total)
+        self._count(total, count, Quantity.ACTIVATION_GRADIENT)
+
+    def _count(self, total: Tensor, count: Tensor | int, quantity: Quantity) -> None:
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
         total = torch.where(counts, total, torch.zeros_like(total))
-        self.evidence.record_samples(self.name, total, counts * by_unit.shape[1], quantity)
+        self.evidence.record_samples(self.name, total, torch.where(counts, count, 0), quantity)
 
 
 def _by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
@@ -306,30 +360,38 @@ def probe(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     *,
     sites: Collection[str] = (),
+    weights: Weights | None = None,
 ) -> Evidence:
     """Measure on batches without training; see `neuronsurgery.surgery.probe`."""
     if isinstance(batches, Tensor):
         raise EvidenceError(
             "batches is a tensor; pass a list of batches, [batch], so that its rows are not taken for them"
         )
+    sampling = Sampling(weights=weights)
     inner = unwrap(model)
     discovery = discover(inner, include=sites)
     check_banks_in_place(discovery)
     evidence = Evidence(discovery.sites, source=weakref.ref(inner))
-    weights = {name: place.weight for name, place in discovery.learning.items()}
-    with left_alone(inner), tapped(discovery, evidence, Clock(1)):
+    with left_alone(inner), tapped(discovery, evidence, Clock(1), sampling):
         for batch in batches:
             with torch.enable_grad():
                 loss = loss_fn(model, batch)
             _check_loss(loss)
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            present = {name: g for name, g in zip(weights, gradients, strict=True) if g is not None}
-            record_step(evidence, discovery.learning, present)
+            record_step(evidence, discovery.learning, _gradients_by(loss, discovery.learning))
     if evidence.num_steps + evidence.num_skipped == 0:
         raise EvidenceError(
             "probe found no batch, or none whose loss depends on a site's weights; nothing was measured"
         )
     return evidence
+
+
+def _gradients_by(loss: Tensor, places: dict[str, Place]) -> Gradients:
+    """The gradients of a loss, written nowhere."""
+    weights = {name: place.weight for name, place in places.items()}
+    biases = {name: place.bias.tensor for name, place in places.items() if place.bias is not None}
+    found = iter(torch.autograd.grad(loss, [*weights.values(), *biases.values()], allow_unused=True))
+    of_weights, of_biases = ({name: next(found) for name in each} for each in (weights, biases))
+    return Gradients(_present(of_weights), _present(of_biases))
 
 
 def _check_loss(loss: Any) -> None:

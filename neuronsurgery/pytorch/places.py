@@ -108,6 +108,11 @@ class Place:
         return frozen_names(self.path, () if self.recipe is None else self.recipe.names)
 
     @property
+    def bias(self) -> Slots | None:
+        """The producer's bias, one number per unit; the shift of a norm behind it is none."""
+        return self.slots[1]
+
+    @property
     def bank(self) -> Composite | None:
         """The frozen members, once the site was operated on."""
         owner, name = self.owners[0]

@@ -27,6 +27,7 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.drawing import check_drawing
 from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, Scaling, gradients_of, record_step, tapped
 from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.sampling import Sampling, Weights
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.sites import Sites
 
@@ -41,6 +42,7 @@ def watch(
     needs: Collection[Quantity] = (),
     generator: torch.Generator | None = None,
     scaler: Any = None,
+    weights: Weights | None = None,
 ) -> Watch:
     """Watch a model and its optimizers train; see `neuronsurgery.backend.Watch`.
 
@@ -52,12 +54,15 @@ def watch(
         generator: a generator whose state belongs to the state of the watch. None: of a model in
             DistributedDataParallel, one that all processes seed as the first does, so that they draw alike.
         scaler: the gradient scaler by which losses are multiplied.
+        weights: how much each sample of a site's activations counts.
 
     Raises:
+        EvidenceError: weights that are no function.
         SiteError: an unknown site.
         OptimizerError: no optimizer, or none that owns anything of the model or of the sites.
     """
     check_drawing(None, generator)
+    sampling = Sampling(scaler, weights)
     inner = unwrap(model)
     found = discover(inner, include=sites or ())
     places = found.learning if sites is None else {name: found.places[name] for name in found.sites.subset(sites)}
@@ -75,7 +80,7 @@ def watch(
     if group is not None and generator is None:
         generator = _common_generator(group, next(inner.parameters()).device)
     found = Discovery(inner, places, found.declined)
-    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, scaler, group))
+    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, sampling, group))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +88,7 @@ class Surroundings:
     """What a model trains in, beside its optimizers."""
 
     generator: torch.Generator | None
-    scaler: Any
+    sampling: Sampling
     group: dist.ProcessGroup | None
     """The processes that hold replicas of the model."""
 
@@ -124,7 +129,7 @@ class Watch:
         if self.is_open and self._clock.is_on:
             owned = _owned([optimizer])
             places = {name: place for name, place in self.discovery.places.items() if id(place.weight) in owned}
-            record_step(self.evidence, places, gradients_of(places), Scaling.of_optimizer(optimizer))
+            record_step(self.evidence, places, gradients_of(places, self.needs), Scaling.of_optimizer(optimizer))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Count the step, if it was one."""
@@ -148,7 +153,7 @@ class Watch:
         self.restart()
         self._clock.every = every
         if self.needs & ACTIVATIONS:
-            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, self.surroundings.scaler))
+            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, self.surroundings.sampling))
         self.is_open = True
 
     def shut(self) -> None:
@@ -195,7 +200,7 @@ class Watch:
                 packed = torch.cat([total, torch.as_tensor(one["count"]).to(total).reshape(1)])
                 dist.all_reduce(packed, group=group)
                 if packed[-1]:
-                    state["sums"][name][quantity.value] = {"total": packed[:-1], "count": packed[-1].long()}
+                    state["sums"][name][quantity.value] = {"total": packed[:-1], "count": packed[-1]}
         together = Evidence(self.evidence.sites, source=self.evidence.source)
         together.load_state_dict(state)
         return together

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -84,6 +85,12 @@ def has_scale(network: Network) -> bool:
     return min(outcome(network.model, network.inputs).scales) >= smallest
 
 
+def site_roundings(network: Network) -> int:
+    """By how many tolerances a site's own error is bounded: in half precision each norm on its path rounds anew."""
+    is_half = network.dtype in (torch.bfloat16, torch.float16)
+    return 1 + max(Counter(network.norms.values()).values(), default=0) if is_half else 1
+
+
 def check_operation(network: Network, units: Choice, optimizer: torch.optim.Optimizer | None = None) -> surgery.Report:
     """Operate, and check the output, the input's gradient, the slots, the banks, and what the report says of them."""
     model, tolerance = network.model, TOLERANCES[network.dtype]
@@ -93,7 +100,7 @@ def check_operation(network: Network, units: Choice, optimizer: torch.optim.Opti
     report = surgery.knife(model, surgery.Units(units), optimizer=optimizer, max_growth=ROOM)
     after = outcome(model, network.inputs)
     assert_equivalent(network, before, after)
-    assert report.max_error <= tolerance
+    assert report.max_error <= tolerance * site_roundings(network)
     assert {name: set(chosen) for name, chosen in report.operated.items()} == {n: set(u) for n, u in units.items()}
     assert_operated(network, units, slots, rows)
     if untouched is not None:

@@ -21,6 +21,7 @@ from neuronsurgery.surgery import Every, Lowest, Plateau
 from tests.snapshots import bits
 
 WORLD = 2
+ACTIVATION = surgery.Quantity.ACTIVATION
 NEEDS_FORK = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 
 
@@ -85,6 +86,18 @@ def criterion_of_activations(rank: int) -> dict[str, Any]:
     return summary(model, schedule)
 
 
+def weighted_samples(rank: int) -> dict[str, Any]:
+    model = network()
+    replica = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    weights = torch.linspace(0, 1, 8) * rank  # the first process sees nothing but padding
+    criterion = Lowest(0.25, of="dormant")
+    with surgery.Schedule(replica, optimizer, criterion, operate=Every(9), weights=lambda site, h: weights) as schedule:
+        take(replica, optimizer, batch(0, rank))
+        pooled = schedule._watch.pooled()
+        return {"0": pooled.measured("0")[ACTIVATION], "samples": pooled.num_samples("0", ACTIVATION)}
+
+
 def plateau_of_own_losses(rank: int) -> dict[str, Any]:
     model = network()
     replica = DistributedDataParallel(model)
@@ -98,6 +111,16 @@ def plateau_of_own_losses(rank: int) -> dict[str, Any]:
         take(replica, optimizer, batch(step, rank))
         schedule.step(rank)  # 0.5 on average, on all of them above the best
     return summary(model, schedule)
+
+
+@NEEDS_FORK
+@pytest.mark.situation("Replicas", "DDP, schedule on weighted activations", "works")
+def test_samples_of_all_processes_keep_their_weights(tmp_path: Path):
+    results = in_processes(weighted_samples, tmp_path)
+    h, weights = network()[:2](batch(0, 1)).detach().abs(), torch.linspace(0, 1, 8)
+    for result in results:
+        torch.testing.assert_close(result["0"].float(), (weights @ h) / weights.sum(), rtol=1e-5, atol=1e-6)
+        assert result["samples"] == pytest.approx(4.0)
 
 
 @NEEDS_FORK

@@ -1,0 +1,259 @@
+"""The command line: `python -m marl train`, `evaluate` and `play`.
+
+What needs torch is imported inside the commands, so that `--help` answers at once. Errors of the package end in one
+line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from marl.errors import CheckpointError, MarlError, MissingExtraError
+
+if TYPE_CHECKING:
+    from marl.checkpoints import Checkpoint
+    from marl.configuring import Layer
+    from marl.run import Run
+    from marl.run_settings import RunSettings
+
+__all__ = ["app"]
+
+INTERRUPTED = 130
+"""The exit code of what Ctrl-C ended, as shells have it."""
+
+BATCH_SIZE = 100
+"""Episodes that `evaluate` plays side by side, at most."""
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Teams that learn by value factorization, with surgery."
+)
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Where the run was saved.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch; the networks are too small for more.")]
+
+
+@app.command()
+def train(
+    algorithm: Annotated[str | None, typer.Option(help="vdn, qmix or qplex.")] = None,
+    environment: Annotated[
+        str | None, typer.Option(help="By name, or matrix_game:knife,qtran for payoffs that follow each other.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="What is done to worn-out units: none, knife.")] = None,
+    preset: Annotated[str | None, typer.Option(help="pymarl, reborn or pymarl2.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the environment, in each task.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all random numbers.")] = None,
+    settings: Annotated[Path | None, typer.Option(help="A YAML file; it goes over the preset.")] = None,
+    assigned: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="As learning.loss.gamma=0.9; goes over all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where logs and checkpoints go.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = False,
+    show_settings: Annotated[bool, typer.Option("--show-settings", help="Print all settings and exit.")] = False,
+    threads: Threads = 1,
+) -> None:
+    """Train a team; Ctrl-C saves what there is, and --resume goes on with it."""
+    named = {
+        "algorithm": algorithm,
+        "tasks": environment,
+        "surgery.method": method,
+        "preset": preset,
+        "training.num_steps": steps,
+        "seed": seed,
+    }
+    with _errors_in_one_line():
+        _set_threads(threads)
+        layers = _layers(settings, named, assigned or [])
+        session = _resumed(layers, output) if resume else _begun(layers, output)
+        if show_settings:
+            _show(session.settings)
+        else:
+            _train(session, tensorboard=tensorboard)
+
+
+@app.command()
+def evaluate(
+    folder: Folder,
+    episodes: Annotated[int, typer.Option(min=1, help="Greedy episodes of each task.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the games.")] = 0,
+    threads: Threads = 1,
+) -> None:
+    """Play greedily with what a run has learned: the mean return, where it lies with 95 % confidence, and the length."""
+    with _errors_in_one_line():
+        _set_threads(threads)
+        from marl.checkpoints import load
+
+        Console(soft_wrap=True).print(_evaluations(load(folder), episodes, seed))
+
+
+@app.command()
+def play(
+    folder: Folder,
+    episode: Annotated[int, typer.Option(min=0, help="Which one: another number is another game.")] = 0,
+    gif: Annotated[Path | None, typer.Option(dir_okay=False, help="Draw it into this file.")] = None,
+    epsilon: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of random actions.")] = 0.0,
+    threads: Threads = 1,
+) -> None:
+    """Show an episode of a run's latest task, as text or as a GIF."""
+    with _errors_in_one_line():
+        _set_threads(threads)
+        from marl.checkpoints import load
+        from marl.playing import save_gif, watch
+
+        run = load(folder)
+        frames = list(watch(run.task.make(1), run.agent, epsilon=epsilon, seed=_games_seed(episode)))
+        if gif is None:
+            typer.echo("\n\n".join(map(str, frames)))
+        else:
+            gif.parent.mkdir(parents=True, exist_ok=True)
+            save_gif(frames, gif)
+            typer.echo(f"{len(frames)} frames, return {frames[-1].total:g}: {gif}")
+
+
+# -- what is trained
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What is to be trained, and where it is saved."""
+
+    settings: RunSettings
+    output: Path
+    checkpoint: Checkpoint | None = None
+    """What it goes on from."""
+
+    def run(self) -> Run:
+        from marl.checkpoints import NAME
+        from marl.run import make_run
+
+        if self.checkpoint is not None:
+            return self.checkpoint.run(self.settings)
+        if (self.output / NAME).exists():
+            found = f"{self.output} holds a run already"
+            raise CheckpointError(f"{found}: go on with it by --resume, or choose another folder by --output")
+        return make_run(self.settings)
+
+
+def _layers(file: Path | None, named: dict[str, Any], assigned: list[str]) -> list[Layer]:
+    from marl.configuring import assignments, nested, read_file
+
+    layers = [] if file is None else [read_file(file)]
+    layers += [nested(name, value) for name, value in named.items() if value is not None]
+    return [*layers, *assignments(assigned)]
+
+
+def _begun(layers: list[Layer], output: Path | None) -> _Session:
+    from marl.configuring import configure
+
+    settings = configure(*layers)
+    return _Session(settings, output or _default_output(settings))
+
+
+def _resumed(layers: list[Layer], output: Path | None) -> _Session:
+    from marl.checkpoints import read
+    from marl.configuring import configure, to_dict
+
+    output = output or _default_output(configure(*layers))
+    checkpoint = read(output)
+    return _Session(configure(to_dict(checkpoint.settings), *layers), output, checkpoint)
+
+
+def _default_output(settings: RunSettings) -> Path:
+    tasks = "+".join(task.name for task in settings.tasks.tasks)
+    return Path("results") / f"{settings.algorithm}-{tasks}-{settings.surgery.method}-{settings.seed}"
+
+
+def _show(settings: RunSettings) -> None:
+    from marl.configuring import to_yaml
+
+    typer.echo(to_yaml(settings), nl=False)
+
+
+def _train(session: _Session, *, tensorboard: bool) -> None:
+    """Train to the end or to Ctrl-C, with everything that is logged."""
+    from marl.checkpoints import Saves, save
+    from marl.logs import open_logs, progress_bar, table_of
+    from marl.training import train
+
+    run, output, console = session.run(), session.output, Console(soft_wrap=True)
+    logs = open_logs(output, run, tensorboard=tensorboard)
+    with _ctrl_c() as is_pressed, progress_bar(console, run) as bar:
+        train(run, logs.csv, *logs.others, bar, Saves(output), is_stopped=is_pressed)
+    if not run.is_over:
+        save(run, output)
+        typer.echo(f"stopped and saved: python -m marl train --output {output} --resume goes on", err=True)
+        raise typer.Exit(INTERRUPTED)
+    console.print(table_of(logs.csv.records))
+    console.print(f"saved in {output}", markup=False, highlight=False)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed or the process told to end; a second time ends it on the spot."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        typer.echo("stopping after this round; once more to stop at once, without saving", err=True)
+
+    before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- what is shown
+
+
+def _evaluations(run: Run, num_episodes: int, seed: int) -> Table:
+    from marl.evaluation import evaluate, interval_of
+
+    table = Table("task", "episodes", "mean return", "95 % interval", "mean length")
+    for task in {task.name: task for task in run.settings.tasks.tasks}.values():
+        result = evaluate(
+            task.make(min(num_episodes, BATCH_SIZE)), run.agent, seed=_games_seed(0, seed), num_episodes=num_episodes
+        )
+        returns, lengths = result.returns[:num_episodes], result.lengths[:num_episodes].float()
+        interval = interval_of(returns)
+        between = f"{interval.low:.2f} to {interval.high:.2f}"
+        table.add_row(task.name, str(len(returns)), f"{returns.mean():.2f}", between, f"{lengths.mean():.1f}")
+    return table
+
+
+def _games_seed(number: int, seed: int = 0) -> int:
+    """Of games to look at, which are none of those that were trained on."""
+    from marl.seeding import seed_for
+
+    return seed_for(seed, "evaluation", number)
+
+
+# -- around all commands
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (MarlError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and not isinstance(error, MarlError):
+            error = MissingExtraError.of(str(error.name))
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(code=2) from None
+
+
+def _set_threads(number: int) -> None:
+    import torch
+
+    torch.set_num_threads(number)

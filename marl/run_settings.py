@@ -1,0 +1,149 @@
+"""Settings of a whole run: what is learned by whom, for how long, and what is operated on.
+
+`RunSettings` is what a file of settings holds and what a checkpoint is checked against; each part goes to the one
+piece of the program that it describes. The file is long because each field says what it means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from marl.environments.tasks import Task, TaskSequence
+from marl.errors import SettingsError
+from marl.settings import Algorithm, PresetName, Settings, preset
+
+__all__ = ["CRITERIA", "METHODS", "RunSettings", "SurgerySettings", "TrainingSettings", "run_settings"]
+
+METHODS = ("none", "knife")
+CRITERIA = ("stagnant", "dormant", "grama", "lowest", "random", "all")
+
+Part = Literal["agent", "mixer"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How much is played, learned, evaluated and saved."""
+
+    num_steps: int = 1_000_000
+    """Steps of the environment, of all parallel episodes together, in each task."""
+    num_parallel: int = 32
+    """Episodes played side by side, with the networks as they were before them."""
+    episodes_per_update: int = 1
+    """Episodes collected for each update; 1 is the rhythm of PyMARL, which plays one by one."""
+    clear_replay: bool = True
+    """Whether the replay forgets the episodes of the task before."""
+    restart_exploration: bool = True
+    """Whether epsilon begins anew with each task."""
+    evaluate_every: int = 10_000
+    """Steps of the environment from one evaluation to the next, at least."""
+    num_evaluation_episodes: int = 32
+    """Greedy episodes of an evaluation."""
+    save_every: int = 100_000
+    """Steps of the environment from one checkpoint to the next, at least."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_parallel", "episodes_per_update", "evaluate_every", "save_every"):
+            _require_at_least(1, name, getattr(self, name))
+        _require_at_least(1, "num_evaluation_episodes", self.num_evaluation_episodes)
+
+
+@dataclass(frozen=True)
+class SurgerySettings:
+    """What is operated on, when, and how. The paper leaves open when and how long to look; these are our defaults."""
+
+    method: str = "none"
+    """What is done to the chosen units; `none` only measures them."""
+    criterion: str = "stagnant"
+    """What chooses units: a score below a threshold, the lowest scores, chance, or `all`."""
+    threshold: float | None = None
+    """Of the score relative to its layer's mean, or the fraction of units for `lowest` and `random`; none: the
+    criterion's own, a quarter for the two that take a fraction."""
+    bias: bool = False
+    """Whether `stagnant` and `lowest` count a unit's bias as one of its weights."""
+    parts: tuple[Part, ...] = ("agent", "mixer")
+    """Hidden units of the agents' network, of the mixer's hypernetworks, or of both."""
+    every: int | None = 1000
+    """Updates from one operation to the next; none: not by number."""
+    after_task_change: int | None = None
+    """Updates into a new task after which there is an operation, on what was measured in it; 0: at the change, on what
+    was measured before it; none: a change of task is no occasion."""
+    look: int | None = None
+    """Updates before an operation that are measured; none: all since the last operation."""
+    cooldown: int = 100
+    """Updates for which a fresh unit is passed over."""
+    max_share: float | None = None
+    """The largest share of a layer's units in one operation; none: no bound."""
+    max_growth: float = 4.0
+    """Frozen rows that a layer may have, in multiples of its width."""
+    retire: int | None = None
+    """Updates over which frozen members fade away; none: they stay, as in the paper."""
+
+    def __post_init__(self) -> None:
+        _require_choice("method", self.method, METHODS)
+        _require_choice("criterion", self.criterion, CRITERIA)
+        for part in self.parts:
+            _require_choice("part", part, ("agent", "mixer"))
+        for name in ("every", "look", "retire"):
+            value = getattr(self, name)
+            if value is not None:
+                _require_at_least(1, name, value)
+        if self.method != "none" and self.every is None and self.after_task_change is None:
+            raise SettingsError(f"{self.method} is never to operate: set every or after_task_change")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that a run is made from; the same settings give the same run."""
+
+    algorithm: Algorithm
+    """VDN, QMIX or QPLEX."""
+    learning: Settings
+    """The learner and what feeds it."""
+    tasks: TaskSequence
+    """What is played, one after the other."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """How much is played and learned."""
+    surgery: SurgerySettings = field(default_factory=SurgerySettings)
+    """What is operated on."""
+    seed: int = 0
+    """Of all random numbers."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, "seed", self.seed)
+        num_parallel, capacity = self.training.num_parallel, self.learning.replay.capacity
+        if num_parallel > capacity:
+            raise SettingsError(
+                f"{num_parallel} episodes side by side do not fit into a replay of {capacity}: lower "
+                "training.num_parallel or raise learning.replay.capacity"
+            )
+        if self.tasks.spec.episode_limit > self.training.num_steps:
+            raise SettingsError(
+                f"training.num_steps is {self.training.num_steps}, less than one episode of up to "
+                f"{self.tasks.spec.episode_limit} steps: raise it"
+            )
+
+
+def run_settings(
+    algorithm: Algorithm, environment: str, *, base: PresetName = "pymarl", seed: int = 0, **options: object
+) -> RunSettings:
+    """The settings of a run in one environment, with a preset's learner; `options` are the environment's.
+
+    Raises:
+        SettingsError: unknown names, or options that make no game.
+
+    >>> run_settings("qmix", "predator_prey", punishment=0.0).learning.mixer
+    QMIXSettings(embed_size=32, hypernet_layers=2, hypernet_size=64)
+    """
+    tasks = TaskSequence((Task(environment, environment, options),))
+    return RunSettings(algorithm, preset(base, algorithm), tasks, seed=seed)
+
+
+def _require_choice(what: str, asked: object, choices: tuple[str, ...]) -> None:
+    if asked not in choices:
+        raise SettingsError(f"unknown {what} {asked!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+def _require_at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise SettingsError(f"{name} is {value}: it must be at least {least}")
