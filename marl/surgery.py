@@ -111,11 +111,11 @@ class Operations:
             self._batch = episodes
             _require_states(episodes, self._sites)
 
-    def step(self) -> surgery.Report | surgery.Plan | None:
+    def step(self) -> surgery.Report | surgery.LayerReport | surgery.Plan | None:
         """Operate if it is time; called after each update."""
         return None if self._schedule is None else self._schedule.step()
 
-    def task_changed(self) -> surgery.Report | surgery.Plan | None:
+    def task_changed(self) -> surgery.Report | surgery.LayerReport | surgery.Plan | None:
         """Say that another task begins, and operate if that is an occasion."""
         return None if self._schedule is None else self._schedule.task_changed()
 
