@@ -13,7 +13,6 @@ import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Categorical
 
 from neuronsurgery.comparison.learning import Learner
 from neuronsurgery.demo.digits import stream
@@ -89,10 +88,11 @@ def _loss(learner: Learner, played: list[Played]) -> Tensor:
         after = torch.as_tensor(rewards).float() + DISCOUNT * after * ~torch.as_tensor(dones)
         targets.insert(0, after)
     outputs = learner.model(torch.cat([each[0] for each in played]))
-    policy, values, target = Categorical(logits=outputs[:, :NUM_ACTIONS]), outputs[:, NUM_ACTIONS], torch.cat(targets)
+    logs, values, target = outputs[:, :NUM_ACTIONS].log_softmax(dim=1), outputs[:, NUM_ACTIONS], torch.cat(targets)
     advantages = (target - values).detach()
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-6)
-    chosen = policy.log_prob(torch.cat([each[1] for each in played]))
-    entropy = policy.entropy().mean()
+    chosen = logs.gather(1, torch.cat([each[1] for each in played])[:, None])[:, 0]
+    entropy = -(logs.exp() * logs).sum(dim=1).mean()
     critic = (values - target).square().mean() / LONGEST
-    return -(chosen * advantages).mean() + VALUE_COST * critic - ENTROPY_COST * entropy
+    loss: Tensor = -(chosen * advantages).mean() + VALUE_COST * critic - ENTROPY_COST * entropy
+    return loss

@@ -11,6 +11,7 @@ from torch import nn
 
 from neuronsurgery import surgery
 from neuronsurgery.demo.digits import stream
+from neuronsurgery.demo.networks import producer
 
 __all__ = ["Shape", "Size", "size_of"]
 
@@ -88,10 +89,10 @@ def size_of(model: nn.Module) -> Size:
     """
     trained = list(model.parameters())
     frozen = [buffer for name, buffer in model.named_buffers() if ".injection." in name]
-    rows = [(site.num_frozen, model.get_submodule(name).in_features) for name, site in surgery.discover(model).items()]
-    products = 3 * sum(p.numel() for p in trained if p.dim() > 1) + 2 * sum(b.numel() for b in frozen if b.dim() > 1)
-    stored = sum(p.numel() for p in trained) + sum(b.numel() for b in frozen)
+    rows = [(site.num_frozen, producer(model, name).in_features) for name, site in surgery.discover(model).items()]
+    trained_products, frozen_products = (sum(int(t.numel()) for t in each if t.dim() > 1) for each in (trained, frozen))
+    stored = sum(int(each.numel()) for each in (*trained, *frozen))
     return Size(
         stored + sum(number * (inputs + 1) for number, inputs in rows),
-        products + 2 * sum(number * inputs for number, inputs in rows),
+        3 * trained_products + 2 * frozen_products + 2 * sum(number * inputs for number, inputs in rows),
     )

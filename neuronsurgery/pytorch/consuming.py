@@ -8,7 +8,8 @@ units), or where the graph ends, the outgoing weights are not the unit's alone o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,17 +36,25 @@ __all__ = ["Consumer", "consumers_of"]
 class Consumer:
     """A parameter that reads a site: `columns`, (num_units, entries) int64, are those of each unit under `axes`.
 
-    `axes` number what the parameter reads, as a producer's axes number its units. `bias`: what the same layer adds.
-    `passed`: what the activations pass on their way here; `is_fixed`: sizes are written out in the code on that way.
+    `axes` number what the parameter reads, as a producer's axes number its units; `layout` says where the units are
+    among it, with no count open. `bias`: what the same layer adds.
     """
 
     name: str
     weight: nn.Parameter
     axes: UnitAxes
-    columns: Tensor
+    layout: Layout
     bias: nn.Parameter | None
-    passed: Passed
-    is_fixed: bool = False
+
+    @functools.cached_property
+    def columns(self) -> Tensor:
+        """The columns of each unit."""
+        return self.layout.places()
+
+    @property
+    def passed(self) -> Passed:
+        """What the activations pass on their way here."""
+        return self.layout.passed
 
     def of(self, units: Tensor) -> Tensor:
         """The columns of some units, one after the other, (num_taken * entries,)."""
@@ -213,17 +222,18 @@ class Following:
         return self.counted(user)
 
     def noted(self, name: str, weight: nn.Parameter, axes: UnitAxes, bias: nn.Parameter | None, layout: Layout) -> str:
-        columns = layout.columns(axes.num_units(weight.shape))
-        if isinstance(columns, str):
-            return f"its consumer '{name}' reads {columns}"
-        if isinstance(reason := self.unwritable(name, weight), str) and reason:
+        settled = layout.settled(axes.num_units(weight.shape))
+        if isinstance(settled, str):
+            return f"its consumer '{name}' reads {settled}"
+        if reason := self.unwritable(name, weight):
             return reason
         known = self.found.get(id(weight))
-        if known is not None and not torch.equal(known.columns, columns):
-            return f"its consumer '{name}' reads it in two places"
-        passed = layout.passed if known is None else max(known.passed, layout.passed)
-        is_fixed = layout.is_fixed or (known is not None and known.is_fixed)
-        self.found[id(weight)] = Consumer(name, weight, axes, columns, bias, passed, is_fixed)
+        if known is not None:
+            if not torch.equal(known.columns, settled.places()):
+                return f"its consumer '{name}' reads it in two places"
+            is_fixed = settled.is_fixed or known.layout.is_fixed
+            settled = replace(settled.past(known.passed), is_fixed=is_fixed)
+        self.found[id(weight)] = Consumer(name, weight, axes, settled, bias)
         return ""
 
     def unwritable(self, name: str, weight: nn.Parameter) -> str:
