@@ -172,6 +172,40 @@ class Backend(Protocol):
     ) -> Report:
         """Give the units of a plan shares of the work of donors, all of it or nothing."""
 
+    def continual_backprop(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        rate: float,
+        maturity: int,
+        decay: float,
+        sites: Sequence[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> Runner:
+        """Replace the least useful units little by little."""
+
+    def ccbp(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        rate: float,
+        every: int,
+        decay: float,
+        sharpness: float,
+        sites: Sequence[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> Runner:
+        """Move all units towards fresh ones, the less useful the faster."""
+
+    def widen(
+        self, model: Any, plan: Plan, *, optimizer: Any = None, verify: Any = None, generator: Any = None
+    ) -> Report:
+        """Split the units of a plan in two, all of it or nothing."""
+
     def reset(
         self,
         model: Any,
@@ -235,40 +269,6 @@ class Backend(Protocol):
         self, params: Any, lr: float, *, weight_decay: float, beta_utility: float, sigma: float, generator: Any = None
     ) -> Any:
         """An optimizer that spares useful weights."""
-
-    def continual_backprop(
-        self,
-        model: Any,
-        optimizer: Any,
-        *,
-        rate: float,
-        maturity: int,
-        decay: float,
-        sites: Sequence[str] | None = None,
-        init: Any = None,
-        generator: Any = None,
-    ) -> Runner:
-        """Replace the least useful units little by little."""
-
-    def ccbp(
-        self,
-        model: Any,
-        optimizer: Any,
-        *,
-        rate: float,
-        every: int,
-        decay: float,
-        sharpness: float,
-        sites: Sequence[str] | None = None,
-        init: Any = None,
-        generator: Any = None,
-    ) -> Runner:
-        """Move all units towards fresh ones, the less useful the faster."""
-
-    def widen(
-        self, model: Any, plan: Plan, *, optimizer: Any = None, verify: Any = None, generator: Any = None
-    ) -> Report:
-        """Split the units of a plan in two, all of it or nothing."""
 
     def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
         """Put the old weights of an operation's units back."""

@@ -86,6 +86,39 @@ _ROWS = (
         "behind norms",
     ),
     Method(
+        name="widen",
+        changes="nothing of what is there but outgoing weights, of which a copy of the unit takes a part",
+        preserves="yes",
+        grows="one unit for each that is split, all of it trained",
+        needs_consumers=True,
+        source="Net2WiderNet: Chen et al. 2016",
+        deviations="outgoing weights are shared out at random, not equally, so that no noise is needed; units may be "
+        "chosen by a criterion",
+    ),
+    Method(
+        name="ContinualBackprop",
+        changes="as redo, the least useful unit when one is due; its mean effect is added to its consumers' biases",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="Dohare et al. 2024, as its code has it (contribution utility)",
+        defaults={"rate": 1e-4, "maturity": 100, "decay": 0.99},
+        deviations="any optimizer, corrected; fractions of units accumulate; no bias is corrected behind a maximum, a "
+        "nonlinear function, a norm, or by a grouped convolution",
+    ),
+    Method(
+        name="CCBP",
+        changes="incoming weights and biases move towards a fresh draw, outgoing ones towards zero, by a share that "
+        "falls with gradient",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="the formula alone, as a package has it",
+        defaults={"rate": 0.015, "every": 1000, "decay": 0.99, "sharpness": 16.0},
+        deviations="not known, and chosen here: biases move as weights do, each move draws anew, running means are "
+        "corrected for where they started",
+    ),
+    Method(
         name="reset",
         changes="all weights, biases and running statistics of the layers, drawn anew or as stored",
         preserves="no",
@@ -174,39 +207,6 @@ _ROWS = (
         source="UPGD: Elsayed & Mahmood 2024, first-order global utility, defaults of its code",
         defaults={"lr": 1e-5, "weight_decay": 1e-3, "beta_utility": 0.999, "sigma": 1e-3},
         deviations="where the largest utility is zero, all weights are taken for equally useful",
-    ),
-    Method(
-        name="widen",
-        changes="nothing of what is there but outgoing weights, of which a copy of the unit takes a part",
-        preserves="yes",
-        grows="one unit for each that is split, all of it trained",
-        needs_consumers=True,
-        source="Net2WiderNet: Chen et al. 2016",
-        deviations="outgoing weights are shared out at random, not equally, so that no noise is needed; units may be "
-        "chosen by a criterion",
-    ),
-    Method(
-        name="ContinualBackprop",
-        changes="as redo, the least useful unit when one is due; its mean effect is added to its consumers' biases",
-        preserves="no",
-        grows="no",
-        needs_consumers=True,
-        source="Dohare et al. 2024, as its code has it (contribution utility)",
-        defaults={"rate": 1e-4, "maturity": 100, "decay": 0.99},
-        deviations="any optimizer, corrected; fractions of units accumulate; no bias is corrected behind a maximum, a "
-        "nonlinear function, a norm, or by a grouped convolution",
-    ),
-    Method(
-        name="CCBP",
-        changes="incoming weights and biases move towards a fresh draw, outgoing ones towards zero, by a share that "
-        "falls with gradient",
-        preserves="no",
-        grows="no",
-        needs_consumers=True,
-        source="the formula alone, as a package has it",
-        defaults={"rate": 0.015, "every": 1000, "decay": 0.99, "sharpness": 16.0},
-        deviations="not known, and chosen here: biases move as weights do, each move draws anew, running means are "
-        "corrected for where they started",
     ),
 )
 

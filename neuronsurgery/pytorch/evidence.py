@@ -341,11 +341,11 @@ class SiteSink:
         h.register_hook(lambda gradient: self.add_gradient(gradient.detach(), axes, weights))  # type: ignore[no-untyped-call]
 
     def add(self, h: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
-        total, count = sumsby_unit(by_unit(self.place, h.abs(), axes), weights)
+        total, count = sums_by_unit(by_unit(self.place, h.abs(), axes), weights)
         self._count(total, count, Quantity.ACTIVATION)
 
     def add_gradient(self, gradient: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
-        total, count = sumsby_unit(by_unit(self.place, gradient.abs(), axes), weights)
+        total, count = sums_by_unit(by_unit(self.place, gradient.abs(), axes), weights)
         total = Scaling.of_scaler(self.sampling.scaler, total.device).unscaled(total)
         self._count(total, count, Quantity.ACTIVATION_GRADIENT)
 

@@ -182,8 +182,8 @@ class Watch:
         self.discovery = Discovery(found.model, kept, found.declined)
         self.evidence = Evidence(self.discovery.sites, source=weakref.ref(found.model))
         if is_tapped:
-            scaler = self.surroundings.scaler
-            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, scaler))
+            sampling = self.surroundings.sampling
+            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, sampling))
 
     @property
     def num_seen(self) -> int:
