@@ -86,7 +86,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of the games.")] = 0,
     threads: Threads = 1,
 ) -> None:
-    """Play greedily with what a run has learned: the mean return, where it lies with 95 % confidence, and the length."""
+    """Play greedily with what a run has learned: the mean return, its 95 % interval, and the length."""
     with _errors_in_one_line():
         _set_threads(threads)
         from marl.checkpoints import load

@@ -8,7 +8,7 @@ settings' fields (`"5e-4"` is a number), and whatever does not fit is refused in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -49,7 +49,8 @@ MIXERS: Mapping[str, type[DataclassInstance]] = {"vdn": VDNSettings, "qmix": QMI
 def configure(*layers: Layer) -> RunSettings:
     """The settings of a run, from layers in rising precedence.
 
-    `algorithm` and `tasks` have to be in one of them. `tasks` is a list, or text as `task_names` reads it; a layer that
+    `algorithm` and `tasks` have to be in one of them. What a layer says of the mixer of another algorithm is passed over.
+    `tasks` is a list, or text as `task_names` reads it; a layer that
     says `{"tasks": {"0": {...}}}` changes one task of the layers before.
 
     Raises:
@@ -62,17 +63,12 @@ def configure(*layers: Layer) -> RunSettings:
     Traceback (most recent call last):
     marl.errors.SettingsError: there is no setting learning.loss.gama; did you mean 'gamma'?
     """
-    found: dict[str, Any] = {"preset": "pymarl"}
-    for layer in layers:
-        found.update({name: layer[name] for name in ("preset", "algorithm") if name in layer})
-    if "algorithm" not in found:
-        raise SettingsError(f"algorithm is missing; {suggestion('', get_args(Algorithm))}")
-    algorithm = _leaf(Algorithm, found["algorithm"], "algorithm")
-    learning = preset(_leaf(PresetName, found["preset"], "preset"), algorithm)
+    algorithm = _leaf(Algorithm, _latest("algorithm", layers), "algorithm")
+    learning = preset(_leaf(PresetName, _latest("preset", ({"preset": "pymarl"}, *layers)), "preset"), algorithm)
+    base = {"learning": _plain(learning)}
     chosen = [{name: value for name, value in layer.items() if name != "preset"} for layer in layers]
-    settings: RunSettings = _Builder(MIXERS[algorithm]).value(
-        RunSettings, [{"learning": _plain(learning)}, *chosen], path=""
-    )
+    builder = _Builder(MIXERS[algorithm])
+    settings: RunSettings = builder.value(RunSettings, [base, *_without_mixers(chosen, algorithm)], path="")
     return settings
 
 
@@ -193,6 +189,23 @@ def _parse(text: str) -> Any:
 
 
 # -- from layers to settings
+
+
+def _latest(name: str, layers: Sequence[Layer]) -> object:
+    given = [layer[name] for layer in layers if name in layer]
+    if not given:
+        raise SettingsError(f"{name} is missing; {suggestion('', MIXERS)}")
+    return given[-1]
+
+
+def _without_mixers(layers: Sequence[Layer], algorithm: str) -> Iterator[Layer]:
+    """The layers, of which those for another algorithm say nothing about the mixer."""
+    meant: object = algorithm
+    for layer in layers:
+        meant, learning = layer.get("algorithm", meant), layer.get("learning")
+        if meant != algorithm and isinstance(learning, Mapping):
+            layer = {**layer, "learning": {name: value for name, value in learning.items() if name != "mixer"}}
+        yield layer
 
 
 @dataclass(frozen=True)

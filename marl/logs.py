@@ -180,8 +180,8 @@ def steps_done(run: Run) -> int:
 
 
 SHOWN = (
-    *("steps", "task", "updates", "epsilon", "train/return", "test/return", "test/standard_error", "learner/loss"),
-    *("agent/stagnant", "mixer/stagnant", "surgery/operations", "surgery/units"),
+    *("steps", "task", "epsilon", "train/return", "test/return", "learner/loss"),
+    *("agent/stagnant", "mixer/stagnant", "surgery/units"),
 )
 """Columns of the table; the log has more."""
 
@@ -192,7 +192,7 @@ def table_of(records: Sequence[Record], *, num_last: int = 10) -> Table:
     table = Table(title=f"last {len(last)} of {len(records)} records")
     columns = [name for name in SHOWN if any(name in record for record in last)]
     for name in columns:
-        table.add_column(name, justify="left" if name == "task" else "right")
+        table.add_column(name.replace("/", "/\n"), justify="left" if name == "task" else "right")
     for record in last:
         table.add_row(*(_cell(record.get(name, "")) for name in columns))
     return table
