@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -189,8 +190,10 @@ SHOWN = (
 def table_of(records: Sequence[Record], *, num_last: int = 10) -> Table:
     """The last records, for people."""
     last = records[-num_last:]
-    table = Table(title=f"last {len(last)} of {len(records)} records")
+    table = Table(title=f"last {len(last)} of {len(records)} records", box=SIMPLE, pad_edge=False)
     columns = [name for name in SHOWN if any(name in record for record in last)]
+    if len({record.get("task") for record in last}) < 2:
+        columns = [name for name in columns if name != "task"]
     for name in columns:
         table.add_column(name.replace("/", "/\n"), justify="left" if name == "task" else "right")
     for record in last:

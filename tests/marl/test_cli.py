@@ -241,7 +241,8 @@ def test_an_episode_is_drawn_as_a_gif(trained: Path, tmp_path: Path) -> None:
         assert (film.format, film.is_animated) == ("GIF", True)
         assert f"{num_frames} frames" in result.stdout
         assert film.n_frames == num_frames
-        assert len(film.convert("RGB").getcolors(10**6)) > 3  # letters, and more than one color of them
+        colors = {color for _, color in film.convert("RGB").getcolors(10**6)}
+        assert {(0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)} <= colors  # of agents and of stags
 
 
 def test_surgery_goes_on_from_the_command_line_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
