@@ -12,7 +12,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow zoo situations lint types spelling format docs constraints clean
+.PHONY: demo test test-slow zoo situations methods lint types spelling format docs constraints clean
 
 demo: .venv/.installed
 	$(BIN)/neuronsurgery demo
@@ -30,6 +30,10 @@ zoo: .venv/.installed
 # Runs the tests of all situations of a training run and writes docs/situations.md.
 situations: .venv/.installed
 	$(BIN)/python -m benchmarks.situations
+
+# Writes the table of methods into docs/methods.md.
+methods: .venv/.installed
+	$(BIN)/python -m benchmarks.methods
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ class Evaluation:
     @property
     def standard_error(self) -> float:
         """Of the mean return; not a number for a single episode."""
-        return float(self.returns.std()) / len(self.returns) ** 0.5
+        return float(self.returns.std() / len(self.returns) ** 0.5)
 
 
 def evaluate(
@@ -44,7 +44,7 @@ def evaluate(
 
     >>> from marl.agents import AgentInputs, FeedForwardAgent
     >>> from marl.environments import make_environment
-    >>> agent = FeedForwardAgent(AgentInputs(num_agents=2, num_actions=3, obs_size=1))
+    >>> agent = FeedForwardAgent(AgentInputs(num_agents=2, num_actions=3, obs_size=5))
     >>> environment = make_environment("matrix_game", batch_size=4, payoff=[[5, 5, 5]] * 3)
     >>> evaluate(environment, agent, seed=0, num_episodes=8).mean_return
     5.0

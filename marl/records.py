@@ -61,7 +61,7 @@ class Averages:
 def take_record(run: Run) -> Record:
     """Evaluate a run: returns of greedy episodes, what was averaged since the last time, and the state of its units."""
     progress = run.progress
-    where = {
+    where: Record = {
         "steps": progress.num_steps,
         "episodes": progress.num_episodes,
         "updates": progress.num_updates,

@@ -52,9 +52,7 @@ def operable_sites(learner: Learner, *parts: str) -> surgery.Sites:
     >>> tuple(operable_sites(make_run(run_settings("qmix", "predator_prey_tiny")).learner, "agent", "mixer"))
     ('agent.encoder.0', 'mixer.w1.0', 'mixer.w2.0', 'mixer.v.0')
     """
-    prefixes = tuple(prefix for part in parts for prefix in OPERABLE[part])
-    found = surgery.discover(learner.online)
-    return found.subset(name for name in found if name.startswith(prefixes))
+    return _of_parts(surgery.discover(learner.online), *parts)
 
 
 class Operations:
@@ -82,7 +80,7 @@ class Operations:
                 raise SettingsError(f"surgery: {error}") from error
 
     def _scheduled(self, settings: SurgerySettings, seed: int) -> surgery.Schedule:
-        retire = {} if settings.retire is None else {"retire": settings.retire}
+        retire: dict[str, Any] = {} if settings.retire is None else {"retire": settings.retire}
         return surgery.Schedule(
             self._learner.online,
             self._learner.optimizer,
@@ -99,6 +97,9 @@ class Operations:
             weights=lambda site, _: sample_weights(self._batch, site),
             **retire,
         )
+
+    def __str__(self) -> str:
+        return "no operations" if self._schedule is None else str(self._schedule)
 
     def see(self, episodes: TensorDict) -> None:
         """Take note of the batch that the next update learns from.
@@ -193,8 +194,8 @@ def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
     }
     shares = {}
     for part in OPERABLE:
-        sites = operable_sites(learner, part)
-        num_units = sum(evidence.sites[site].num_units for site in sites)
+        sites = _of_parts(evidence.sites, part)
+        num_units = sum(site.num_units for site in sites.values())
         if num_units:
             shares[f"{part}/dead"] = sum(_num_dead(evidence, site) for site in sites) / num_units
         for name, selection in selections.items() if num_units else ():
@@ -213,12 +214,18 @@ def sample_weights(episodes: TensorDict, site: str) -> Tensor:
         return mask
     taken = torch.cat([mask, torch.zeros_like(mask[..., :1])], dim=-1)
     sees = episodes["obs"].any(dim=-1)
-    return (taken.unsqueeze(-1) & sees).transpose(-2, -3)
+    happened: Tensor = taken.unsqueeze(-1) & sees
+    return happened.transpose(-2, -3)
+
+
+def _of_parts(sites: surgery.Sites, *parts: str) -> surgery.Sites:
+    prefixes = tuple(prefix for part in parts for prefix in OPERABLE[part])
+    return sites.subset(name for name in sites if name.startswith(prefixes))
 
 
 def _criterion(settings: SurgerySettings, sites: surgery.Sites) -> surgery.Criterion:
     threshold = settings.threshold
-    of_threshold = {} if threshold is None else {"threshold": threshold}
+    of_threshold: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
     fraction = FRACTION if threshold is None else threshold
     match settings.criterion:
         case "stagnant":
@@ -248,8 +255,8 @@ def _require_states(episodes: TensorDict, sites: Iterable[str]) -> None:
     """Behind a state of zeros the weights of a hypernetwork's first layer never get a gradient."""
     if any(site.startswith("mixer.") for site in sites) and not episodes["state"].any():
         raise SettingsError(
-            "hidden units of hypernetworks are to be operated on, but all states are zero, so that their weights get no "
-            'gradient and no score means anything: give the environment state="ones", or operate on parts=("agent",)'
+            "hidden units of hypernetworks are to be operated on, but all states are zero, so that their weights get "
+            'no gradient and no score means anything: give the environment state="ones", or operate on agents only'
         )
 
 

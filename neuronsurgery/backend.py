@@ -6,13 +6,15 @@ There is one backend, so there is no registry: `surgery.py` imports it when it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
 from neuronsurgery.checks import Check
 from neuronsurgery.composites import Composites
+from neuronsurgery.consumers import Consumers
 from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
 from neuronsurgery.reports import Report
@@ -137,6 +139,101 @@ class Backend(Protocol):
         generator: Any = None,
     ) -> Report:
         """Carry out a plan, all of it or nothing."""
+
+    def consumers(self, model: Any, *, include: Collection[str] = ()) -> Consumers:
+        """Which layers read the units of each site."""
+
+    def reset_units(
+        self,
+        model: Any,
+        plan: Plan,
+        *,
+        method: str,
+        optimizer: Any = None,
+        init: Any = None,
+        verify: Any = None,
+        generator: Any = None,
+    ) -> Report:
+        """Draw the units of a plan anew and zero their outgoing weights, all of it or nothing."""
+
+    def reborn(
+        self,
+        model: Any,
+        plan: Plan,
+        donors: Mapping[str, Sequence[int]],
+        *,
+        scale: tuple[float, float],
+        per_donor: int,
+        optimizer: Any = None,
+        init: Any = None,
+        verify: Any = None,
+        generator: Any = None,
+    ) -> Report:
+        """Give the units of a plan shares of the work of donors, all of it or nothing."""
+
+    def reset(
+        self,
+        model: Any,
+        layers: Any = None,
+        *,
+        optimizer: Any = None,
+        example: Any = None,
+        init: Any = None,
+        initial: Any = None,
+        generator: Any = None,
+    ) -> LayerReport:
+        """Give layers fresh weights and fresh optimizer state."""
+
+    def shrink_and_perturb(
+        self,
+        model: Any,
+        layers: Any = None,
+        *,
+        shrink: float,
+        perturb: float,
+        optimizer: Any = None,
+        example: Any = None,
+        init: Any = None,
+        initial: Any = None,
+        generator: Any = None,
+    ) -> LayerReport:
+        """Scale layers down and add a part of fresh weights."""
+
+    def scale_head(
+        self, model: Any, factor: float, layers: Any = 1, *, optimizer: Any = None, example: Any = None
+    ) -> LayerReport:
+        """Multiply the weights and biases of output layers."""
+
+    def reset_optimizer(self, model: Any, layers: Any = None, *, optimizer: Any, example: Any = None) -> LayerReport:
+        """Give the optimizer the state of a fresh one."""
+
+    def inject(
+        self,
+        model: Any,
+        head: str,
+        *,
+        optimizer: Any = None,
+        init: Any = None,
+        verify: Any = None,
+        generator: Any = None,
+    ) -> LayerReport:
+        """Give a module fresh weights beside frozen copies, so that its output stays."""
+
+    def regenerative(self, model: Any, strength: float, layers: Any = None, *, initial: Any = None) -> Any:
+        """A penalty towards the weights of now."""
+
+    def l2(self, model: Any, strength: float, layers: Any = None) -> Any:
+        """A penalty towards zero."""
+
+    def spectral(
+        self, model: Any, strength: float, layers: Any = None, *, exponent: int = 2, num_iterations: int = 1
+    ) -> Any:
+        """A penalty towards singular values of one."""
+
+    def upgd(
+        self, params: Any, lr: float, *, weight_decay: float, beta_utility: float, sigma: float, generator: Any = None
+    ) -> Any:
+        """An optimizer that spares useful weights."""
 
     def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
         """Put the old weights of an operation's units back."""

@@ -29,7 +29,7 @@ class Stagnant(Measuring):
 
     With `bias=True` the unit's bias in the producer is one more entry of w_i; published scores leave it out. Behind an
     input that hardly varies, weights may lie near zero while the bias does the work: without it these units score
-    high. Where there is no bias (or one that all units share) the scores are the same either way.
+    high. Where a producer has no bias the scores are the same either way; a norm's shift is none.
 
     Source: arXiv 2606.25335 (KNIFE), as implemented publicly, from where the threshold and eps come.
     Raises `CriterionError` unless 0 < threshold <= 1.
@@ -130,6 +130,9 @@ class GraMa(Measuring):
     def choose(self, scores: Sequence[float]) -> Mask:
         return tuple(score <= self.threshold for score in scores)
 
+
+REBORN = Dormant(0.1)
+"""The units that ReBorn gives a share of others' work, by the threshold of its published code (Qin et al. 2024)."""
 
 NAMED: dict[str, type[Measuring]] = {one.name: one for one in (Stagnant, Dormant, GraMa)}
 """The criteria that `knife(model, name)` accepts by name."""

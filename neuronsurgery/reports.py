@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from neuronsurgery.methods import METHODS
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.tables import counted, grouped, render
 from neuronsurgery.values import Value
@@ -53,12 +54,19 @@ class Report(Value):
     verified: bool
     """Whether the whole model was compared on a batch."""
     model_error: float | None
-    """Relative error of the whole model's output on that batch."""
+    """Relative error of the whole model's output on that batch: by how much it moved, where a method moves it."""
+    method: str = "knife"
+    """The name of the method, as in `methods.METHODS`."""
 
     @property
     def num_units(self) -> int:
         """How many units were operated on."""
         return sum(map(len, self.operated.values()))
+
+    @property
+    def keeps_banks(self) -> bool:
+        """Whether the method leaves frozen rows, and so an operation that can be undone."""
+        return self.method == "knife"
 
     @property
     def max_error(self) -> float:
@@ -67,22 +75,25 @@ class Report(Value):
 
     def __str__(self) -> str:
         units = counted(self.num_units, "unit")
-        title = f"Operation {self.operation}: {units} operated on, chosen by {self.plan.criterion}"
+        label = f"Operation {self.operation}" if self.keeps_banks else self.method
+        title = f"{label}: {units} operated on, chosen by {self.plan.criterion}"
         columns = ("site", "activation_fn", "units operated / units", "frozen rows after", "relative error")
         return render(title, columns, map(self._row, self.operated), self._lines())
 
     def _row(self, name: str) -> tuple[str, str, str, int, float | None]:
         site, num_operated = self.plan.sites[name], len(self.operated[name])
-        after = site.num_frozen + ROWS_PER_OPERATION * num_operated
+        after = site.num_frozen + (ROWS_PER_OPERATION * num_operated if self.keeps_banks else 0)
         operated = f"{num_operated} / {site.num_units}"
         return (name, site.activation_fn, operated, after, self.errors.get(name))
 
     def _lines(self) -> Iterator[str]:
         yield f"parameters: {self.parameters_before} before, {self.parameters_after} after"
-        if self.verified:
-            error = "" if self.model_error is None else f", relative error {self.model_error:.3g}"
-            yield f"trace: verified on a batch{error}"
-        else:
+        error = "" if self.model_error is None else f" {self.model_error:.3g}"
+        if self.verified and METHODS[self.method].preserves == "yes":
+            yield f"trace: verified on a batch{error and f', relative error{error}'}"
+        elif self.verified:
+            yield f"output on a batch: moved by{error} of its largest value"
+        elif METHODS[self.method].preserves != "no":
             yield "trace: unverified (pass verify=batch to compare the whole model)"
         yield from self.notes
         yield from grouped("declined", self.declined)

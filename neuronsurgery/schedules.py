@@ -17,12 +17,13 @@ from neuronsurgery.choosing import Custom, Selected
 from neuronsurgery.combining import Criterion
 from neuronsurgery.errors import ScheduleError
 from neuronsurgery.evidence import Quantity
+from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
 from neuronsurgery.scores import score
 from neuronsurgery.selection import Selection, capped, select
 from neuronsurgery.tables import counted, render
-from neuronsurgery.triggers import Every, Last, Memory, Moment, Over, Plateau, TaskChange, Trigger, require_count
+from neuronsurgery.triggers import Every, Last, Memory, Moment, Over, Plateau, Share, TaskChange, Trigger, require_count
 
 if TYPE_CHECKING:
     from neuronsurgery.backend import Backend, Watch
@@ -38,7 +39,8 @@ ScheduleT = TypeVar("ScheduleT", bound="Scheduling")
 class Settings:
     """What decides when and on what a schedule operates; a state belongs to one such choice."""
 
-    criterion: Criterion
+    criterion: Criterion | None
+    """None: the method concerns whole layers."""
     operate: Trigger
     look: Every | Last
     cooldown: int
@@ -54,10 +56,19 @@ class Settings:
         if not isinstance(self.look, (Every, Last)):
             raise ScheduleError(f"look={self.look!r} says not which steps to look at; pass Every(10) or Last(100)")
         require_count("cooldown", self.cooldown, least=0)
+        self._require_units()
         if self.max_units is not None:
             require_count("max_units", self.max_units)
         if self.max_share is not None and not 0 < self.max_share <= 1:
             raise ScheduleError(f"max_share is {self.max_share!r}; it is a share of a site's units, above 0, at most 1")
+
+    def _require_units(self) -> None:
+        """Refuse what asks for units of a schedule that chooses none."""
+        asked = {"max_units": self.max_units, "max_share": self.max_share}
+        named = [f"{name}={value}" for name, value in asked.items() if value is not None]
+        named += [str(leaf) for leaf in self.operate.leaves() if isinstance(leaf, Share)]
+        if self.criterion is None and named:
+            raise ScheduleError(f"{', '.join(named)} asks how many units are chosen, and criterion=None chooses none")
 
     @property
     def window(self) -> int | None:
@@ -74,9 +85,10 @@ class Settings:
 class Act:
     """What a schedule does with the units it selected."""
 
-    method: Callable[..., Report]
+    method: Callable[..., Any]
     arguments: Mapping[str, Any]
     """What the method takes, beside model and criterion."""
+    takes_criterion: bool = True
     verify: Any = None
     """A batch, or a function that returns one."""
     is_dry: bool = False
@@ -87,21 +99,26 @@ class Act:
     def __post_init__(self) -> None:
         name = getattr(self.method, "__name__", str(self.method))
         verify = {} if self.verify is None else {"verify": None}
+        values = (None, None) if self.takes_criterion else (None,)
         try:
-            inspect.signature(self.method).bind(None, None, **self.arguments, **verify)
+            inspect.signature(self.method).bind(*values, **self.arguments, **verify)
         except TypeError as error:
+            shown = "model, criterion" if self.takes_criterion else "model"
             raise ScheduleError(
-                f"method {name} cannot be called as {name}(model, criterion, "
+                f"method {name} cannot be called as {name}({shown}, "
                 f"{', '.join(f'{each}=...' for each in [*self.arguments, *verify])}): {error}"
             ) from error
+        if self.is_dry and not self.takes_criterion:
+            raise ScheduleError("dry_run=True returns the plan of which units, and criterion=None chooses none")
 
-    def __call__(self, model: Any, criterion: Criterion) -> Report:
-        """Operate on what the criterion chooses; networks that cannot follow are refused before."""
+    def __call__(self, model: Any, criterion: Criterion | None) -> Any:
+        """Operate on what the criterion chooses, if there is one; networks that cannot follow are refused before."""
         batch = self.verify() if callable(self.verify) else self.verify
         verify = {} if batch is None else {"verify": batch}
         if self.follow is not None:
             self.follow()
-        report = self.method(model, criterion, **self.arguments, **verify)
+        chosen = () if criterion is None else (criterion,)
+        report = self.method(model, *chosen, **self.arguments, **verify)
         if self.follow is not None:
             self.follow()
         return report
@@ -162,13 +179,13 @@ class Scheduling:
         self._asked: Selection | None = None  # what was selected for a share: it need not be selected again
         self._counts = {"num_seen": 0, "acted_at": 0, "is_pending": 0, "num_operations": 0, "num_units": 0}
         self._is_closed = False
-        self.last: Report | Plan | None = None
+        self.last: Report | LayerReport | Plan | None = None
         """The latest report, in a dry run the latest plan; not part of the state."""
         self._aim()
 
     # -- what a training loop calls
 
-    def step(self, value: Any = None) -> Report | Plan | None:
+    def step(self, value: Any = None) -> Report | LayerReport | Plan | None:
         """Count the optimizer steps since the last call, and operate if it is time.
 
         Args:
@@ -191,7 +208,7 @@ class Scheduling:
             has_news = True
         return self._decide() if has_news else None
 
-    def task_changed(self) -> Report | Plan | None:
+    def task_changed(self) -> Report | LayerReport | Plan | None:
         """Announce that the task has changed, and operate if it is time; returns and raises as `step` does."""
         self._require_open()
         self._watch.end_round()
@@ -232,7 +249,7 @@ class Scheduling:
     def _moment(self) -> Moment:
         return Moment(self._since, self._memory, self._share)
 
-    def _decide(self) -> Report | Plan | None:
+    def _decide(self) -> Report | LayerReport | Plan | None:
         if self._watch.forget_changed() and not self._watch.has_evidence:
             self._watch.restart()
         if not self._counts["is_pending"]:
@@ -280,6 +297,7 @@ class Scheduling:
     def _select(self) -> Selection:
         evidence = self._watch.pooled() if self._watch.needs else None
         seed = self._backend.seed(self._model, self._watch.generator)
+        assert self._settings.criterion is not None
         scores = score(self._watch.sites, evidence, self._settings.criterion, seed=seed)
         ages = dict(self._watch.ages())
         for site, own in self._births.ages(self.num_steps, self._watch.operations()).items():
@@ -288,18 +306,26 @@ class Scheduling:
 
     # -- acting
 
-    def _conclude(self) -> Report | Plan | None:
-        """Operate on what is selected now, if anything is, and begin anew."""
-        selection, self._asked = self._of_sites_now(self._asked or self._select()), None
-        chosen = capped(selection, max_units=self._settings.max_units, max_share=self._settings.max_share)
-        done: Report | Plan | None = None
-        if chosen.num_units:
-            done = plan(chosen, max_growth=self._act.max_growth) if self._act.is_dry else self._operate(chosen)
-            self.last = done
+    def _conclude(self) -> Report | LayerReport | Plan | None:
+        """Operate on what is selected now, if anything is, or on whole layers, and begin anew."""
+        done = self._change_layers() if self._settings.criterion is None else self._change_units()
+        self.last = self.last if done is None else done
         self._counts |= {"acted_at": self._watch.num_steps, "is_pending": 0}
         self._memory = {leaf: leaf.begin() for leaf in self._memory}
         self._begin_window()
         return done
+
+    def _change_layers(self) -> LayerReport:
+        report: LayerReport = self._act(self._model, None)
+        self._counts["num_operations"] += 1
+        return report
+
+    def _change_units(self) -> Report | Plan | None:
+        selection, self._asked = self._of_sites_now(self._asked or self._select()), None
+        chosen = capped(selection, max_units=self._settings.max_units, max_share=self._settings.max_share)
+        if not chosen.num_units:
+            return None
+        return plan(chosen, max_growth=self._act.max_growth) if self._act.is_dry else self._operate(chosen)
 
     def _of_sites_now(self, selection: Selection) -> Selection:
         """Without sites that are none any more, such as layers that were frozen since."""
@@ -308,7 +334,7 @@ class Scheduling:
 
     def _operate(self, chosen: Selection) -> Report:
         criterion = Selected(str(self._settings.criterion), chosen.units, chosen.scores.values)
-        report = self._act(self._model, criterion)
+        report: Report = self._act(self._model, criterion)
         self._births.add(report.operated, self.num_steps, self._watch.operations())
         self._counts["num_operations"] += 1
         self._counts["num_units"] += report.num_units
@@ -380,10 +406,15 @@ class Scheduling:
     # -- printing
 
     def __repr__(self) -> str:
-        return f"<Schedule: {self._settings.criterion} at {self._settings.operate}, step {self.num_steps}>"
+        return f"<Schedule: {self._chosen} at {self._settings.operate}, step {self.num_steps}>"
+
+    @property
+    def _chosen(self) -> str:
+        criterion = self._settings.criterion
+        return getattr(self._act.method, "__name__", "whole layers") if criterion is None else str(criterion)
 
     def __str__(self) -> str:
-        title = f"Schedule: {self._settings.criterion} at {self._settings.operate}"
+        title = f"Schedule: {self._chosen} at {self._settings.operate}"
         columns = ("steps", "operations", "units", "steps looked at", "next")
         done = (self.num_operations, self._counts["num_units"])
         row = (self.num_steps, *done, self._looked(), self._next())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from neuronsurgery.combining import Criterion
-from neuronsurgery.errors import EvidenceError
+from neuronsurgery.errors import CriterionError, EvidenceError
 from neuronsurgery.evidence import Array, Evidence, Quantity
 from neuronsurgery.sites import Site, Sites
 from neuronsurgery.tables import grouped, render
@@ -93,6 +93,23 @@ def score(sites: Sites, evidence: Evidence | None, criterion: Criterion, *, seed
         else:
             unscored[name] = reason
     return Scores(sites, criterion, values, unscored)
+
+
+def over(scores: Scores, site: str, bound: float, name: str = "dormant") -> tuple[int, ...]:
+    """Returns the units of a site whose score of that name is above a bound.
+
+    Raises `CriterionError` where the criterion gave no such scores.
+
+    >>> from neuronsurgery.measuring import Dormant
+    >>> over(Scores(Sites({}), Dormant(), {"fc1": {"dormant": (0.0, 3.5, 1.0)}}, {}), "fc1", 3.0)
+    (1,)
+    """
+    if name not in scores.values.get(site, {}):
+        raise CriterionError(
+            f"over-active units are told by the scores that {name!r} gives, and {scores.criterion} has none of "
+            f"{site!r}: choose by Dormant(...), alone or in a combination"
+        )
+    return tuple(unit for unit, one in enumerate(scores[site][name]) if one > bound)
 
 
 def _measured(sites: Sites, evidence: Evidence | None) -> dict[str, Mapping[Quantity, Array]]:

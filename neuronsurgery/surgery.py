@@ -18,6 +18,7 @@ from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
 from neuronsurgery.combining import Criterion
 from neuronsurgery.composites import Composites, Member
+from neuronsurgery.consumers import Consumers
 from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
     CheckError,
@@ -38,12 +39,13 @@ from neuronsurgery.errors import (
     UntraceableError,
 )
 from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
-from neuronsurgery.measuring import Dormant, GraMa, Lowest, Stagnant
+from neuronsurgery.layer_reports import LayerReport
+from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
 from neuronsurgery.schedules import Act, Scheduling, Settings, needs_of
-from neuronsurgery.scores import Scores
+from neuronsurgery.scores import Scores, over
 from neuronsurgery.scores import score as _score
 from neuronsurgery.selection import COOLDOWN, Selection, select
 from neuronsurgery.sites import Site, Sites
@@ -56,6 +58,7 @@ __all__ = [
     "Check",
     "CheckError",
     "Composites",
+    "Consumers",
     "Criterion",
     "CriterionError",
     "Dormant",
@@ -67,6 +70,7 @@ __all__ = [
     "FormatError",
     "GraMa",
     "Last",
+    "LayerReport",
     "Lowest",
     "Member",
     "MirrorError",
@@ -101,17 +105,30 @@ __all__ = [
     "attach",
     "check",
     "composites",
+    "consumers",
     "discover",
     "knife",
+    "l2_regularizer",
     "mirror",
     "observe",
     "operate",
     "plan",
+    "plasticity_injection",
     "probe",
+    "reborn",
+    "redo",
+    "regenerative_regularizer",
+    "regrama",
+    "reset",
+    "reset_optimizer",
     "restore",
+    "scale_head",
     "score",
     "select",
+    "shrink_and_perturb",
+    "spectral_regularizer",
     "undo",
+    "upgd",
 ]
 
 
@@ -162,21 +179,163 @@ def knife(
         >>> report.operated["0"], bool(torch.allclose(model(x), before, atol=1e-6))
         ((1, 5), True)
     """
-    backend = _backend(model)
-    wanted = as_criterion(criterion)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
-    found = backend.discover(model, include=_forced(names, wanted), example=verify)
-    if names is not None:
-        found = found.subset(names)
-    _require_sites(found)
-    if evidence is not None:
-        found = _as_measured(found, evidence, _forced(names, wanted))
-    else:
-        evidence = _evidence_now(backend, model, found, wanted)
-    scores = score(found, evidence, wanted, model=model, generator=generator)
-    selection = select(scores, ages=backend.ages(model, optimizer), cooldown=cooldown)
+    backend, wanted = _backend(model), as_criterion(criterion)
+    selection = _selected(
+        model,
+        wanted,
+        evidence=evidence,
+        sites=sites,
+        example=verify,
+        cooldown=(cooldown, optimizer),
+        generator=generator,
+    )
     chosen = plan(selection, max_growth=max_growth)
     return backend.operate(model, chosen, optimizer=optimizer, init=init, verify=verify, generator=generator)
+
+
+def redo(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "dormant",
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Draw the chosen units' incoming weights anew and zero their outgoing ones (ReDo, Sokar et al. 2023).
+
+    Both get the optimizer state of fresh weights. The output changes by what the units handed on. Sites whose consumers
+    are not known (`consumers`) are declined.
+
+    Args:
+        model: any `torch.nn.Module`, unmodified; wrappers (DDP, compiled modules) are taken off.
+        criterion: as for `knife`; its default is `Dormant(threshold=0.025)`.
+        evidence: what was measured, from `observe` or `probe`; dormant units are told by activations.
+        optimizer: the optimizer of the model, or several.
+        sites: as for `knife`; a site that is named and has no known consumers is an error.
+        init: as for `knife`. None: the layer's own `reset_parameters`, weight and bias.
+        verify: a batch on which the report says by how much the output moved.
+        generator: as for `knife`. None: seeded from `torch.initial_seed()` and the weights that are replaced.
+
+    Raises:
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> report = redo(model, Lowest(0.25, of="dormant"), evidence=evidence)
+        >>> report.num_units, int((model[2].weight == 0).all(0).sum())
+        (2, 2)
+    """
+    chosen, _ = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).reset_units(model, chosen, method="redo", **how)
+
+
+def regrama(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "grama",
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Reset units as `redo` does, chosen by the gradients of their activations (ReGraMa, Liu et al. 2025).
+
+    Args and errors are those of `redo`; the default criterion is `GraMa(threshold=0.01)`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> regrama(model, Lowest(0.5, of="grama"), evidence=evidence).num_units
+        4
+    """
+    chosen, _ = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).reset_units(model, chosen, method="regrama", **how)
+
+
+def reborn(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = REBORN,
+    *,
+    over_active: float = 3.0,
+    per_donor: int = 5,
+    scale: tuple[float, float] = (0.3, 0.8),
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Let dormant units take over shares of what over-active ones hand on (ReBorn, Qin et al. 2024).
+
+    A chosen unit takes the incoming weights and bias of an over-active one, times a factor, and a share of each of its
+    outgoing weights, divided by it. Units for which there is no donor are reset as by `redo`. The output stays where
+    the activation function is positively homogeneous (ReLU and its leaky kin) and what the chosen units handed on was
+    nothing; elsewhere it moves, and the report says so.
+
+    Args:
+        model: as for `redo`.
+        criterion: as for `redo`; it must score units as `Dormant` does. The default is `Dormant(threshold=0.1)`.
+        over_active: donors are units whose score is above it.
+        per_donor: how many units take part of one donor at most.
+        scale: the range from which factors are drawn, uniformly.
+        evidence: as for `redo`.
+        optimizer: as for `redo`.
+        sites: as for `redo`.
+        init: as for `redo`, for units without a donor.
+        verify: as for `redo`.
+        generator: as for `redo`.
+
+    Raises:
+        CriterionError: a criterion without scores of dormancy, or numbers out of range.
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     model[0].bias[:2] = torch.tensor([-100.0, 100.0])     # one unit never fires, one always does
+        >>> x = torch.randn(16, 4)
+        >>> evidence = probe(model, [x], lambda model, x: model(x).square().mean())
+        >>> before = model(x)
+        >>> report = reborn(model, Dormant(1e-6), evidence=evidence)
+        >>> report.operated["0"], bool(torch.allclose(model(x), before, rtol=1e-4))
+        ((0,), True)
+    """
+    _require_reborn(over_active, per_donor, scale)
+    chosen, selection = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    donors = {name: over(selection.scores, name, over_active) for name in chosen.units}
+    how = {"optimizer": optimizer, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).reborn(model, chosen, donors, scale=scale, per_donor=per_donor, **how)
+
+
+def consumers(model: Any, *, include: Collection[str] = ()) -> Consumers:
+    """Find which layers read the units of each site, and for which sites that cannot be shown, with the reason.
+
+    Methods that zero, share or copy outgoing weights operate on the former only; `knife` needs no consumers.
+
+    Args:
+        model: any `torch.nn.Module`.
+        include: as for `discover`.
+
+    Example:
+        >>> import torch
+        >>> convolution, head = torch.nn.Conv2d(1, 3, 2), torch.nn.Linear(27, 2)
+        >>> found = consumers(torch.nn.Sequential(convolution, torch.nn.ReLU(), torch.nn.Flatten(), head))
+        >>> found.readers
+        {'0': {'3': 9}}
+    """
+    return _backend(model).consumers(model, include=include)
 
 
 def discover(model: Any, *, include: Collection[str] = (), example: Any = None) -> Sites:
@@ -288,7 +447,8 @@ class Schedule(Scheduling):
     Args:
         model: the model that trains; wrappers (DDP, compiled modules) are taken off.
         optimizer: its optimizer, or several.
-        criterion: as for `knife`.
+        criterion: as for `knife`. None: the method concerns whole layers and is called as `method(model, ...)`, so that
+            nothing is measured (`reset`, `shrink_and_perturb`, `scale_head`, `reset_optimizer`).
         operate: when: `Every`, `TaskChange`, `Plateau`, `Share`, combined with `|` and `&`.
         look: which steps are measured: `Every(k)`, each k-th since the last operation (the default is each), or
             `Last(n)`, the last n before it.
@@ -333,7 +493,7 @@ class Schedule(Scheduling):
         self,
         model: Any,
         optimizer: Any,
-        criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+        criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] | None,
         *,
         operate: Trigger,
         look: Every | Last = EVERY_STEP,
@@ -344,7 +504,7 @@ class Schedule(Scheduling):
         dry_run: bool = False,
         verify: Any = None,
         on_report: Callable[[Any], object] | None = None,
-        method: Callable[..., Report] = knife,
+        method: Callable[..., Any] = knife,
         mirrors: Any = (),
         frozen: Literal["own", "shared"] = "own",
         generator: Any = None,
@@ -352,7 +512,7 @@ class Schedule(Scheduling):
         weights: Callable[[str, Any], Any] | None = None,
         **options: Any,
     ) -> None:
-        wanted = as_criterion(criterion)
+        wanted = None if criterion is None else as_criterion(criterion)
         settings = Settings(wanted, operate, look, cooldown, max_units, max_share)
         names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
         if isinstance(wanted, Units):
@@ -360,16 +520,18 @@ class Schedule(Scheduling):
         backend = _backend(model)
         found = backend.discover(model, include=names or ())
         found = found if names is None else found.subset(names)
-        _require_sites(found)
-        wanted.check(found)
+        if wanted is not None:
+            _require_sites(found)
+            wanted.check(found)
         follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
         if follow is not None:
             backend.check_mirrors(model, onto=mirrors, sites=list(found))
         around = {"generator": generator, "scaler": scaler, "weights": weights}
-        watch = backend.watch(model, optimizer, sites=names, needs=needs_of(wanted), **around)
+        needs = frozenset[Quantity]() if wanted is None else needs_of(wanted)
+        watch = backend.watch(model, optimizer, sites=names, needs=needs, **around)
         given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
         arguments = {name: value for name, value in given.items() if value is not None}
-        act = Act(method, arguments, verify, dry_run, on_report, follow)
+        act = Act(method, arguments, wanted is not None, verify, dry_run, on_report, follow)
         super().__init__(model, backend, watch, settings, act)
 
 
@@ -434,6 +596,334 @@ def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
         UndoError: a later operation intervened on one of the units (undo that one first), or it is not in the model.
     """
     return _backend(model).undo(model, report, optimizer=optimizer)
+
+
+def reset(
+    model: Any,
+    layers: str | Iterable[str] | int | None = None,
+    *,
+    optimizer: Any = None,
+    example: Any = None,
+    init: Any = None,
+    initial: Mapping[str, Any] | None = None,
+    generator: Any = None,
+) -> LayerReport:
+    """Give whole layers fresh weights and a fresh optimizer state; the model's output changes.
+
+    Frozen rows and injections of these layers go, and so do running statistics: the layers are as new. With
+    `Schedule(model, optimizer, None, operate=Every(n), method=reset, layers=...)` they are reset periodically.
+    Source: Nikishin et al. 2022, who keep the replay buffer and reset the last layers, or all of them.
+
+    Args:
+        model: any `torch.nn.Module`; wrappers (DDP, compiled modules) are taken off.
+        layers: names of modules, with all that is in them; a number, of the last layers before an output, which needs
+            `example=`; None: the whole model.
+        optimizer: the optimizer of the model, or several: its state of these parameters becomes a fresh one's.
+        example: a batch, as `verify=` of `knife`, whose forward pass shows which layers are the last.
+        init: fills a fresh weight of two or more axes in place; biases start at zero. None: the modules' own
+            `reset_parameters`.
+        initial: a copy of the state dict that the model had when it was new, to go back to instead of a draw.
+        generator: a `torch.Generator` for the draw. None: seeded from `torch.initial_seed()` and the weights that go.
+
+    Raises:
+        SiteError: there are no such layers.
+        DrawError: a module has no initializer of its own and no weights were given.
+        OptimizerError: an optimizer owns none of the parameters, or keeps state that cannot be made fresh.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> reset(model, 1, example=torch.randn(16, 4)).layers
+        ('2',)
+    """
+    return _backend(model).reset(
+        model, layers, optimizer=optimizer, example=example, init=init, initial=initial, generator=generator
+    )
+
+
+def shrink_and_perturb(
+    model: Any,
+    layers: str | Iterable[str] | int | None = None,
+    *,
+    shrink: float = 0.8,
+    perturb: float = 0.2,
+    optimizer: Any = None,
+    example: Any = None,
+    init: Any = None,
+    initial: Mapping[str, Any] | None = None,
+    generator: Any = None,
+) -> LayerReport:
+    """Multiply weights by `shrink` and add `perturb` times fresh ones: `w <- shrink w + perturb w_fresh`.
+
+    The optimizer's state stays, as in the sources (`reset_optimizer` makes it fresh); copies of the weights that it
+    keeps follow. With `initial=` this is the reset of MARR (reset replay). Source: Ash & Adams 2020, whose noise is
+    a draw of the initializer here; defaults of D'Oro et al. 2023 and MARR 2024.
+
+    Args:
+        model: as for `reset`.
+        layers: as for `reset`.
+        shrink: the factor of the weights there are, from 0 to 1.
+        perturb: the factor of the fresh ones, from 0 to 1.
+        optimizer: the optimizer of the model, or several, whose copies of the weights follow.
+        example: as for `reset`.
+        init: as for `reset`.
+        initial: stored weights in the place of fresh ones, as for `reset`.
+        generator: as for `reset`.
+
+    Raises:
+        SurgeryError: as of `reset`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> before = model[0].weight.detach().clone()
+        >>> report = shrink_and_perturb(model, shrink=0.5, perturb=0.0)
+        >>> torch.equal(model[0].weight, 0.5 * before)
+        True
+    """
+    return _backend(model).shrink_and_perturb(
+        model,
+        layers,
+        shrink=shrink,
+        perturb=perturb,
+        optimizer=optimizer,
+        example=example,
+        init=init,
+        initial=initial,
+        generator=generator,
+    )
+
+
+def scale_head(
+    model: Any,
+    factor: float,
+    layers: str | Iterable[str] | int = 1,
+    *,
+    optimizer: Any = None,
+    example: Any = None,
+) -> LayerReport:
+    """Multiply weights and biases of output layers, and so their output, by a factor.
+
+    A control: much of what fancier methods gain on saturated outputs comes from smaller ones alone. The optimizer's
+    state stays; copies of the weights that it keeps follow.
+
+    Args:
+        model: as for `reset`.
+        factor: a positive number.
+        layers: names of linear or convolution layers, or a number of last ones, which needs `example=`.
+        optimizer: the optimizer of the model, or several.
+        example: as for `reset`.
+
+    Raises:
+        SiteError: there are no such layers.
+        ModelError: a layer's output is not proportional to its parameters.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> before = model(x)
+        >>> report = scale_head(model, 0.5, "2")
+        >>> torch.equal(model(x), 0.5 * before)
+        True
+    """
+    return _backend(model).scale_head(model, factor, layers, optimizer=optimizer, example=example)
+
+
+def reset_optimizer(
+    model: Any,
+    layers: str | Iterable[str] | int | None = None,
+    *,
+    optimizer: Any,
+    example: Any = None,
+) -> LayerReport:
+    """Give an optimizer the state of a fresh one for a model's parameters, and leave the weights as they are.
+
+    A control: what a reset gains beyond it comes from the weights. Learning rates and other settings stay.
+
+    Args:
+        model: as for `reset`.
+        layers: as for `reset`; None: all parameters of the model, and what is counted for all of them together.
+        optimizer: the optimizer of the model, or several.
+        example: as for `reset`.
+
+    Raises:
+        OptimizerError: an optimizer owns none of the parameters, or keeps state that cannot be made fresh.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> model(torch.randn(16, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> report = reset_optimizer(model, optimizer=optimizer)
+        >>> len(optimizer.state)
+        0
+    """
+    return _backend(model).reset_optimizer(model, layers, optimizer=optimizer, example=example)
+
+
+def plasticity_injection(
+    model: Any,
+    head: str,
+    *,
+    optimizer: Any = None,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> LayerReport:
+    """Give a module fresh weights, with frozen copies beside it so that its output does not change.
+
+    `h(x)` becomes `h(x) + h1(x) - h2(x)`: h keeps the old weights and is frozen, h1 is fresh and trained, h2 a frozen
+    copy of h1. h1 are the module's own parameters, edited in place: the optimizer knows them, and their state becomes a
+    fresh one's. h and h2 are buffers, children of the module (of a Sequential, of its first layer). A module may be
+    injected into several times. Source: Nikishin et al. 2023.
+
+    Args:
+        model: any `torch.nn.Module`; wrappers (DDP, compiled modules) are taken off.
+        head: the name of a module whose output is a tensor or tensors: a layer, a Sequential, a network.
+        optimizer: the optimizer of the model, or several.
+        init: as for `reset`.
+        verify: a batch on which the whole model is compared before and after, in its current mode.
+        generator: a `torch.Generator` for the draw. None: seeded from `torch.initial_seed()` and the number of the
+            injection.
+
+    Raises:
+        ModelError: the module holds dropout or composite units, or shares weights with the rest of the model.
+        DrawError: a module in it has no initializer of its own.
+        EquivalenceError: the output moved on the batch; everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> before, old = model(x), model[2].weight.detach().clone()
+        >>> report = plasticity_injection(model, "2", verify=x)
+        >>> torch.equal(model(x), before), torch.equal(model[2].weight, old)
+        (True, False)
+    """
+    return _backend(model).inject(model, head, optimizer=optimizer, init=init, verify=verify, generator=generator)
+
+
+def regenerative_regularizer(
+    model: Any,
+    strength: float,
+    layers: str | Iterable[str] | None = None,
+    *,
+    initial: Mapping[str, Any] | None = None,
+) -> Any:
+    """Make a penalty towards the weights of now: `strength |w - w_0|^2`, to be added to each loss (L2 Init).
+
+    Source: Kumar et al. 2023. Norms and scales are left out, as in its code. The strength is swept there; there is no
+    default.
+
+    Args:
+        model: the model, when it is new; its weights are copied.
+        strength: what the squared distance is multiplied by, summed over weights and biases.
+        layers: names of modules, with all that is in them; None: the whole model.
+        initial: stored weights in the place of those of now.
+
+    Returns:
+        A module to call without arguments, which returns the penalty as a scalar. Its state dict holds the weights
+        that it pulls to: save it with the model's.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> penalty = regenerative_regularizer(model, 0.01)
+        >>> loss = model(torch.randn(16, 4)).square().mean() + penalty()
+        >>> penalty().item()
+        0.0
+    """
+    return _backend(model).regenerative(model, strength, layers, initial=initial)
+
+
+def l2_regularizer(model: Any, strength: float, layers: str | Iterable[str] | None = None) -> Any:
+    """Make a penalty towards zero: `strength |w|^2`, to be added to each loss; used as `regenerative_regularizer` is.
+
+    Under Adam this is not what its decoupled decay does (Loshchilov & Hutter 2019).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[3.0, 4.0]])), model.bias.zero_()
+        >>> l2_regularizer(model, 0.5)().item()
+        12.5
+    """
+    return _backend(model).l2(model, strength, layers)
+
+
+def spectral_regularizer(
+    model: Any,
+    strength: float,
+    layers: str | Iterable[str] | None = None,
+    *,
+    exponent: int = 2,
+    num_iterations: int = 1,
+) -> Any:
+    """Make a penalty towards singular values of one, to be added to each loss; used as `regenerative_regularizer` is.
+
+    `strength` times the sum of `(sigma^k - 1)^2` of each weight's largest singular value and `|b|^(2 k)` of each bias.
+    Weights of more than two axes are matrices of one row for each entry of the first. Source: Lewandowski et al. 2025.
+
+    Args:
+        model: the model.
+        strength: what the penalty is multiplied by.
+        layers: as for `regenerative_regularizer`.
+        exponent: k.
+        num_iterations: steps of the power iteration with each call; it goes on from where it stood.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+        >>> round(spectral_regularizer(model, 1.0)().item(), 4)
+        9.0
+    """
+    return _backend(model).spectral(model, strength, layers, exponent=exponent, num_iterations=num_iterations)
+
+
+def upgd(
+    model: Any,
+    lr: float = 1e-5,
+    *,
+    weight_decay: float = 1e-3,
+    beta_utility: float = 0.999,
+    sigma: float = 1e-3,
+    generator: Any = None,
+) -> Any:
+    """Make an optimizer of a model's parameters, UPGD: the more useful a weight, the less it is moved and perturbed.
+
+    With utility u, a running mean of `-g w`, and `s = sigmoid(u / max u)` over all parameters, a step is
+    `w <- (1 - lr weight_decay) w - 2 lr (g + noise) (1 - s)`. Source: Elsayed & Mahmood 2024, first-order global
+    utility; defaults of their code. For other parameters than all of a model's there is
+    `neuronsurgery.pytorch.upgd.UPGD`.
+
+    Args:
+        model: the model.
+        lr: the step size.
+        weight_decay: decoupled decay.
+        beta_utility: the decay of the running mean.
+        sigma: the standard deviation of the noise.
+        generator: a `torch.Generator` for the noise. None: torch's own.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = upgd(model, 0.01)
+        >>> model(torch.randn(16, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+    return _backend(model).upgd(
+        model.parameters(),
+        lr,
+        weight_decay=weight_decay,
+        beta_utility=beta_utility,
+        sigma=sigma,
+        generator=generator,
+    )
 
 
 def restore(model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = "") -> Composites:
@@ -605,9 +1095,60 @@ def _backend(model: Any) -> Backend:
     return cast("Backend", neuronsurgery.pytorch)
 
 
+def _selected(
+    model: Any,
+    wanted: Criterion,
+    *,
+    evidence: Evidence | None,
+    sites: Iterable[str] | None,
+    example: Any = None,
+    cooldown: tuple[int, Any] = (0, None),
+    generator: Any = None,
+) -> Selection:
+    """The units that a criterion chooses now; `cooldown` in steps of the optimizer beside it."""
+    backend = _backend(model)
+    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    found = backend.discover(model, include=_forced(names, wanted), example=example)
+    if names is not None:
+        found = found.subset(names)
+    _require_sites(found)
+    if evidence is not None:
+        found = _as_measured(found, evidence, _forced(names, wanted))
+    else:
+        evidence = _evidence_now(backend, model, found, wanted)
+    scores = score(found, evidence, wanted, model=model, generator=generator)
+    steps, optimizer = cooldown
+    return select(scores, ages=backend.ages(model, optimizer), cooldown=steps)
+
+
+def _planned(
+    model: Any,
+    criterion: Any,
+    *,
+    evidence: Evidence | None,
+    sites: Iterable[str] | None,
+    verify: Any,
+    generator: Any,
+) -> tuple[Plan, Selection]:
+    """The plan of a method that writes outgoing weights; sites that the user named must have consumers."""
+    wanted = as_criterion(criterion)
+    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    selection = _selected(model, wanted, evidence=evidence, sites=names, example=verify, generator=generator)
+    if named := _forced(names, wanted):
+        _backend(model).consumers(model, include=named).require(named)
+    return plan(selection), selection
+
+
 def _forced(names: list[str] | None, criterion: Criterion) -> list[str]:
     """The sites that the user named: in `sites=`, or unit by unit."""
     return [*(names or []), *(criterion.units if isinstance(criterion, Units) else [])]
+
+
+def _require_reborn(over_active: float, per_donor: int, scale: tuple[float, float]) -> None:
+    if not over_active > 1:
+        raise CriterionError(f"over_active is {over_active}; scores have mean 1, so donors are above that")
+    if per_donor < 1 or not 0 < scale[0] <= scale[1]:
+        raise CriterionError(f"per_donor={per_donor} must be at least 1, and scale={scale} a range of positive factors")
 
 
 def _require_sites(sites: Sites) -> None:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch.fresh_state import Group
 from neuronsurgery.pytorch.replaying import Before, Shared, replay
 from neuronsurgery.pytorch.step_hooks import install
@@ -246,25 +245,14 @@ def register(
     """Plan the changes that enter rows among the young of an optimizer, born at `steps`, with the hooks they need.
 
     `rows`: (r,) int64, units under `axes`; `steps`: r values of the optimizer's own count. Births replace earlier ones
-    of the same rows. Raises `OptimizerError` where the parameter has young rows under other axes.
+    of the same weights. Where a parameter's young rows are numbered in another way already (a layer's rows are its own
+    units, its columns those of the layer before), its weights are numbered one by one from then on.
     """
     assert rows.numel() == len(steps), "one birth for each row"
-    _refuse_other_axes(optimizer, parameter, axes)
     dtype = torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
     births = torch.tensor(steps, dtype=dtype, device=parameter.device)
     enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0), axes)
     return [*install(optimizer, CORRECTIONS, functools.partial(Corrections, family)), enter]
-
-
-def _refuse_other_axes(optimizer: Optimizer, parameter: nn.Parameter, axes: UnitAxes) -> None:
-    """Refuse to number the units of a parameter in two ways: their rows would overlap."""
-    young = CORRECTIONS[optimizer].young.get(parameter) if optimizer in CORRECTIONS else None
-    if young is not None and young.axes != axes:
-        raise OptimizerError(
-            f"the units of a parameter of shape {tuple(parameter.shape)} were asked to be along {axes}, but an earlier "
-            f"operation with this {type(optimizer).__name__} found them along {young.axes}, and those are still young. "
-            "Operate on the parameter in one role, or build the optimizer anew"
-        )
 
 
 class _Enter:
@@ -296,11 +284,21 @@ class _Enter:
     def _joined(self, young: Young | None) -> Young:
         if young is None:
             return Young.of(self.parameter, self.rows, self.births, self.latest, self.axes)
-        assert young.axes == self.axes, "one operation numbers the units of a parameter in one way"
-        stays = ~torch.isin(young.rows, self.rows)
-        rows = torch.cat([young.rows[stays], self.rows])
-        births = torch.cat([young.births[stays], self.births])
-        return Young.of(self.parameter, rows, births, max(self.latest, young.latest), self.axes)
+        (rows, births), (old, born), axes = (self.rows, self.births), (young.rows, young.births), self.axes
+        if young.axes != axes:
+            shape = self.parameter.shape
+            rows, births = _by_weight(axes, shape, rows, births)
+            old, born = _by_weight(young.axes, shape, old, born)
+            axes = UnitAxes(tuple(range(len(shape))))
+        stays = ~torch.isin(old, rows)
+        together = torch.cat([old[stays], rows]), torch.cat([born[stays], births])
+        return Young.of(self.parameter, *together, max(self.latest, young.latest), axes)
+
+
+def _by_weight(axes: UnitAxes, shape: torch.Size, rows: Tensor, births: Tensor) -> tuple[Tensor, Tensor]:
+    """The single weights of rows, (r * row_numel,), as places in the flat tensor, and their births."""
+    weights = axes.elements(shape, rows)
+    return weights.flatten(), births.repeat_interleave(weights.shape[1])
 
 
 # -- what is corrected -----------------------------------------------------------------------------------------------

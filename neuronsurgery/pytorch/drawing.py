@@ -18,7 +18,7 @@ from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
 
-__all__ = ["Init", "check_drawing", "draw", "seed_for"]
+__all__ = ["Init", "check_drawing", "draw", "generator_kept", "scratch_of", "seed_for", "seeded"]
 
 Init = Callable[[Tensor], object]
 
@@ -48,6 +48,18 @@ def seed_for(generator: torch.Generator | None, operation: int) -> int:
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
 
 
+@contextmanager
+def generator_kept(generator: torch.Generator | None) -> Iterator[None]:
+    """An operation that fails leaves the generator as it was."""
+    state = None if generator is None else generator.get_state()
+    try:
+        yield
+    except BaseException:
+        if generator is not None and state is not None:
+            generator.set_state(state)
+        raise
+
+
 def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], tuple[str, ...]]:
     """Fresh rows for each of the place's slots, and how they were drawn if not by the layer's own rule.
 
@@ -62,7 +74,7 @@ def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[lis
         For each of `place.slots` (num_units, ...), None where there are none, or none that an operation renews; notes
         for the report.
     """
-    with _seeded((seed + zlib.crc32(place.site.name.encode())) % 2**63, place.weight.device), torch.no_grad():
+    with seeded((seed + zlib.crc32(place.site.name.encode())) % 2**63, place.weight.device), torch.no_grad():
         names = place.buffer_names
         if place.computed:
             wholes, note = fresh_sources(place, init)
@@ -88,7 +100,7 @@ def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None
         _check_filled(place, weight)
         return weight, bias, ""
     if place.owners[0][1] == "composite" and callable(getattr(owner, "reset_parameters", None)):
-        scratch = _scratch(owner)
+        scratch = scratch_of(owner)
         scratch.reset_parameters()
         return scratch.weight.detach(), None if bias is None else scratch.bias.detach(), ""
     values = place.weight.detach().float()
@@ -112,14 +124,14 @@ def _path_tensor(slots: Slots | None) -> Tensor | None:
     if slots is None or not slots.is_renewed:
         return None
     if is_torch(slots.owner) and callable(getattr(slots.owner, "reset_parameters", None)):
-        scratch = _scratch(slots.owner)
+        scratch = scratch_of(slots.owner)
         scratch.reset_parameters()
         return getattr(scratch, slots.attribute).detach()  # type: ignore[no-any-return]
     fill = float(slots.tensor.detach().float().mean()) if slots.fresh is None else slots.fresh
     return torch.full_like(slots.tensor, fill, requires_grad=False)
 
 
-def _scratch(module: nn.Module) -> Any:
+def scratch_of(module: nn.Module) -> Any:
     """A module of the same class and settings with uninitialized parameters of its own, without hooks or banks."""
     scratch: Any = object.__new__(original_class(module))
     scratch.__dict__.update(module.__dict__)
@@ -130,7 +142,8 @@ def _scratch(module: nn.Module) -> Any:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw by a seed on the host and this device; all random states are put back afterwards."""
     devices = [device] if device.type == "cuda" else []
     with random_states_kept(devices):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator as well

@@ -16,13 +16,19 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.injecting import inject
 from neuronsurgery.pytorch.inspecting import check
 from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
+from neuronsurgery.pytorch.regularizing import l2, regenerative, spectral
+from neuronsurgery.pytorch.renewing import consumers, reset_units
+from neuronsurgery.pytorch.resetting import reset, reset_optimizer, scale_head, shrink_and_perturb
+from neuronsurgery.pytorch.sharing import reborn
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
 from neuronsurgery.pytorch.state import accept, restore
+from neuronsurgery.pytorch.upgd import UPGD
 from neuronsurgery.pytorch.watching import ages_of, watch
 from neuronsurgery.sites import Sites
 
@@ -34,15 +40,27 @@ __all__ = [
     "check_mirrors",
     "check_source",
     "composites",
+    "consumers",
     "discover",
+    "inject",
+    "l2",
     "measure",
     "mirror",
     "observe",
     "operate",
     "probe",
+    "reborn",
+    "regenerative",
+    "reset",
+    "reset_optimizer",
+    "reset_units",
     "restore",
+    "scale_head",
     "seed",
+    "shrink_and_perturb",
+    "spectral",
     "undo",
+    "upgd",
     "watch",
 ]
 
@@ -91,3 +109,16 @@ def composites(model: nn.Module) -> Composites:
     check_model(model)
     places = survey(unwrap(model)).places
     return Composites({name: place.bank.rows.members() for name, place in places.items() if place.bank is not None})
+
+
+def upgd(
+    params: Any,
+    lr: float,
+    *,
+    weight_decay: float,
+    beta_utility: float,
+    sigma: float,
+    generator: torch.Generator | None = None,
+) -> Optimizer:
+    """An optimizer that spares useful weights; see `neuronsurgery.surgery.upgd`."""
+    return UPGD(params, lr, weight_decay=weight_decay, beta_utility=beta_utility, sigma=sigma, generator=generator)

@@ -389,7 +389,6 @@ def _gradients_by(loss: Tensor, places: dict[str, Place]) -> Gradients:
     """The gradients of a loss, written nowhere."""
     weights = {name: place.weight for name, place in places.items()}
     biases = {name: place.bias.tensor for name, place in places.items() if place.bias is not None}
-    biases = {name: bias for name, bias in biases.items() if bias.requires_grad}
     found = iter(torch.autograd.grad(loss, [*weights.values(), *biases.values()], allow_unused=True))
     of_weights, of_biases = ({name: next(found) for name in each} for each in (weights, biases))
     return Gradients(_present(of_weights), _present(of_biases))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ def planned(model: nn.Module, state: Mapping[str, Any], *, is_whole: bool = True
         StateError: the state dict has a bank that does not fit, or where this model has no site.
     """
     saved, paths = banks_in(model, state), paths_of(model)
-    discovery = _discovered(model, saved, paths)
+    with _thawed(model, saved):
+        discovery = _discovered(model, saved, paths)
     at = {name: _paths_at(place, paths) for name, place in discovery.places.items()}
     _check_all_used(saved, at, discovery)
     changes: list[Change] = []
@@ -92,6 +94,23 @@ def planned(model: nn.Module, state: Mapping[str, Any], *, is_whole: bool = True
     kept = [] if is_whole else [name for name, place in discovery.places.items() if place.bank is not None]
     changes += class_changes(discovery, {*banked, *kept})
     return Grafts(model, changes, discovery.places, banked, at)
+
+
+@contextmanager
+def _thawed(model: nn.Module, saved: Saved) -> Iterator[None]:
+    """Layers that are saved with a bank and are frozen here, as in a target network, ask for gradients like the others.
+
+    Frozen layers are no sites, but what was operated on was one. A layer of which a part is frozen stays as it is.
+    """
+    owners = [list(model.get_submodule(path.rpartition(".")[0]).parameters()) for path in saved]
+    frozen = [p for own in owners if not any(p.requires_grad for p in own) for p in own if p.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _discovered(model: nn.Module, saved: Saved, paths: Mapping[int, list[str]]) -> Discovery:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.recognition import canonical_name, function_of_module, is_metadata
 
-__all__ = ["Lookahead", "is_shielded_by_autograd"]
+__all__ = ["Lookahead", "is_of_parameters", "is_shielded_by_autograd"]
 
 # Shape, sum and selection: the value goes on as it is, and whatever follows is looked at in its turn.
 PASSING = frozenset(
@@ -181,10 +181,10 @@ def _is_fractional_power(name: str, user: fx.Node) -> bool:
 
 def _weight_is_parameter(node: fx.Node, value: fx.Node) -> bool:
     others = _other_tensors(node, value)
-    return bool(others) and all(map(_is_of_parameters, others))
+    return bool(others) and all(map(is_of_parameters, others))
 
 
-def _is_of_parameters(node: fx.Node) -> bool:
+def is_of_parameters(node: fx.Node) -> bool:
     """Whether a value is a parameter or buffer, or computed from such alone."""
     seen, waiting = set[fx.Node](), [node]
     while waiting:

@@ -23,7 +23,7 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, seed_for
+from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.offsets import refuse_offsets
@@ -34,7 +34,7 @@ from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
 
-__all__ = ["banked_names", "banks_of", "next_operation", "operate", "undo"]
+__all__ = ["banked_names", "banks_of", "check_plan", "next_operation", "num_weights", "operate", "slot_changes", "undo"]
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -63,8 +63,7 @@ def operate(
         refuse_offsets({name: discovery.places[name] for name, units in plan.units.items() if units})
     operation = next_operation(model)
     before = num_weights(model)
-    state = None if generator is None else generator.get_state()
-    try:
+    with generator_kept(generator):
         seed = seed_for(generator, operation)
         grafts = [
             graft(discovery.places[name], units, operation, optimizers, init, seed)
@@ -91,10 +90,6 @@ def operate(
             )
 
         return run([*changes, *([check] if check else [])], report)
-    except BaseException:
-        if generator is not None and state is not None:
-            generator.set_state(state)
-        raise
 
 
 def check_plan(plan: Plan, discovery: Discovery) -> None:
@@ -146,7 +141,7 @@ def graft(
     bank = _extended_bank(place, chosen, fresh, operation, _births(place, optimizers))
     bank.train(place.owners[0][0].training)
     error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
-    changes = [*_slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
+    changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawing_notes)
     for slots in place.renewed:
         if slots is not None and (parameter := slots.parameter) is not None:
@@ -194,7 +189,7 @@ def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) 
     ]
 
 
-def _slot_changes(
+def slot_changes(
     place: Place, units: Tensor, values: Sequence[Tensor | None], optimizers: Optimizers
 ) -> Iterator[Change]:
     """Write new rows into the slots: their gradients become zero, their optimizer state a fresh row's."""
@@ -307,7 +302,7 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
         None if value is None or slots is None or not slots.is_own else value.index_select(0, index)
         for value, slots in zip(live, place.slots, strict=True)
     ]
-    yield from _slot_changes(place, restored, old, optimizers)
+    yield from slot_changes(place, restored, old, optimizers)
     kept = bank.rows.kept(~mask)
     if len(kept) == 0:
         yield from take_down(place)

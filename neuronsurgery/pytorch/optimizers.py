@@ -226,7 +226,7 @@ def births(
     all of them the current one. A row registered before takes the new birth. A row born at step 0 is as old as
     its parameter and needs no correction, nor do optimizers without bias correction. Births later than the
     owner's step wait for a state to be loaded; the next step forgets them. Raises `OptimizerError` as
-    `start_clocks` does, and where the parameter has young rows under other axes.
+    `start_clocks` does.
     """
     now = current_step(optimizers, parameter)
     changes: list[Change] = []
@@ -299,7 +299,10 @@ def notes(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[str]
 
 
 def young_rows(optimizer: Optimizer) -> dict[nn.Parameter, dict[int, int]]:
-    """Return the rows the step hooks still correct: parameter -> row -> birth. It waits for the device."""
+    """Return the rows the step hooks still correct: parameter -> row -> birth. It waits for the device.
+
+    Of a parameter of which rows and columns are young it is single weights, by their places in the flat tensor.
+    """
     corrections = CORRECTIONS.get(optimizer)
     young = {} if corrections is None else corrections.young
     return {

@@ -109,10 +109,8 @@ class Place:
 
     @property
     def bias(self) -> Slots | None:
-        """The bias in the producer, where each unit has its own; the shift of a norm behind it is none."""
-        slots = self.slots[1]
-        has_own = slots is not None and slots.axes is not None and len(slots.rows()) == self.site.num_units
-        return slots if has_own else None
+        """The producer's bias, one number per unit; the shift of a norm behind it is none."""
+        return self.slots[1]
 
     @property
     def bank(self) -> Composite | None:

@@ -19,7 +19,7 @@ from neuronsurgery.pytorch.survey import FROZEN, Survey
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.sites import Sites
 
-__all__ = ["Discovery", "check_banks_in_place", "check_paths", "discover"]
+__all__ = ["Discovery", "check_banks_in_place", "check_paths", "discover", "explored"]
 
 
 @with_parameters_in_place
@@ -35,6 +35,13 @@ def discover(model: nn.Module, *, include: Collection[str] = (), outputs: Sequen
         ModelError: no module, or one that is lazy, scripted, quantized, or made of inference tensors.
         SiteError: a name in `include` is not a producer of the model.
     """
+    return explored(model, include=include, outputs=outputs)[0]
+
+
+def explored(
+    model: nn.Module, *, include: Collection[str] = (), outputs: Sequence[Tensor] = ()
+) -> tuple[Discovery, Survey]:
+    """The sites of a model, as `discover` finds them, and the survey that they were found in."""
     model = unwrap(model)
     check_model(model)
     survey = Survey(model, tuple(outputs), frozenset(include))
@@ -50,7 +57,7 @@ def discover(model: nn.Module, *, include: Collection[str] = (), outputs: Sequen
     for name in include:
         if name not in places and name not in declined:
             raise SiteError(f"no producer is named {name!r}: {near_names(name, [*places, *declined])}")
-    return Discovery(model, survey.without_needless_inlining(places), declined)
+    return Discovery(model, survey.without_needless_inlining(places), declined), survey
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,6 +78,12 @@ class UnitAxes:
             sizes[axis] = min(sizes[axis], 2)
         return (sizes[0] * sizes[1], *sizes[2:]) if self.groups > 1 else tuple(sizes)
 
+    def elements(self, shape: Sequence[int], units: Tensor) -> Tensor:
+        """Where the weights of some units are in a flat tensor of this shape, (num_taken, row_numel), int64."""
+        places = torch.arange(math.prod(shape), device=units.device).reshape(tuple(shape))
+        found = self.take(places, units)
+        return found.flatten(1) if found.dim() > 1 else found[:, None]
+
     def whole(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of `rows`: a tensor of this shape made of all units' rows, as a new tensor."""
         tensor = rows.new_empty(tuple(shape))

@@ -24,7 +24,7 @@ from neuronsurgery.criteria import (
     Units,
     as_criterion,
 )
-from neuronsurgery.errors import CriterionError, SiteError
+from neuronsurgery.errors import CriterionError, EvidenceError, SiteError
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.scores import Scores, score
 from neuronsurgery.selection import select
@@ -39,6 +39,9 @@ GRADIENT = Quantity.ACTIVATION_GRADIENT
 #   "ua": mean of UA (1, 1.5, 1, 7.5)       mean 2.75, so     (4/11, 6/11, 4/11, 30/11)
 WEIGHT_NORMS = [1.0, 2.0, 4.0, 5.0]
 GRADIENT_NORMS = [[1.0, 4.0, 4.0, 10.0], [1.0, 2.0, 4.0, 65.0]]
+# With the bias as one more entry, UA = (1, 2, 1, 2), mean 3/2, then (1, 1, 2, 5), mean 9/4.
+WEIGHT_NORMS_WITH_BIAS = [2.0, 2.0, 4.0, 5.0]
+GRADIENT_NORMS_WITH_BIAS = [[2.0, 4.0, 4.0, 10.0], [2.0, 2.0, 8.0, 25.0]]
 # Two batches of 2 and 6 samples.
 #   sums of |h|:      (0, 2, 8, 4) + (0, 6, 24, 20) over 8 samples: (0, 1, 4, 3), mean 2
 #   sums of |dL/dh|:  (3, 0, 2, 1) + (5, 0, 6, 7)   over 8 samples: (1, 0, 1, 1), mean 3/4
@@ -47,6 +50,8 @@ GRADIENT_SUMS = [([3.0, 0.0, 2.0, 1.0], 2), ([5.0, 0.0, 6.0, 7.0], 6)]
 GOLDEN = [
     (Stagnant(), "stagnant", [11 / 24, 19 / 24, 11 / 24, 55 / 24]),
     (Stagnant(average="ua"), "stagnant_ua", [4 / 11, 6 / 11, 4 / 11, 30 / 11]),
+    (Stagnant(bias=True), "stagnant_bias", [5 / 9, 8 / 9, 7 / 9, 16 / 9]),
+    (Stagnant(average="ua", bias=True), "stagnant_ua_bias", [8 / 15, 12 / 15, 12 / 15, 28 / 15]),
     (Dormant(), "dormant", [0, 1 / 2, 2, 3 / 2]),
     (GraMa(), "grama", [4 / 3, 0, 4 / 3, 4 / 3]),
 ]
@@ -54,8 +59,11 @@ GOLDEN = [
 
 def golden_evidence(array: Callable[[list[float]], Any]) -> Evidence:
     evidence = Evidence(sites_of(fc1=4))
-    for gradient_norms in GRADIENT_NORMS:
-        evidence.record_step({"fc1": (array(WEIGHT_NORMS), array(gradient_norms))})
+    for gradient_norms, with_bias in zip(GRADIENT_NORMS, GRADIENT_NORMS_WITH_BIAS, strict=True):
+        evidence.record_step(
+            {"fc1": (array(WEIGHT_NORMS), array(gradient_norms))},
+            with_bias={"fc1": (array(WEIGHT_NORMS_WITH_BIAS), array(with_bias))},
+        )
     for quantity, batches in ((Quantity.ACTIVATION, ACTIVATION_SUMS), (GRADIENT, GRADIENT_SUMS)):
         for magnitude_sum, num_samples in batches:
             evidence.record_samples("fc1", array(magnitude_sum), num_samples, quantity)
@@ -89,7 +97,10 @@ def test_scores_are_those_worked_out_by_hand(
     np.testing.assert_allclose(scores["fc1"][name], expected, rtol=rtol)
 
 
-@pytest.mark.parametrize("criterion", [Stagnant(), Stagnant(average="ua"), Dormant(), GraMa()], ids=str)
+ONE_EACH = [Stagnant(), Stagnant(average="ua"), Stagnant(bias=True), Dormant(), GraMa()]
+
+
+@pytest.mark.parametrize("criterion", ONE_EACH, ids=str)
 def test_numpy_and_torch_give_the_same_scores(criterion: Any) -> None:
     norms = np.random.default_rng(0).random(257)
     measured = dict.fromkeys(Quantity, norms)
@@ -129,6 +140,35 @@ def test_lowest_of_another_score() -> None:
     evidence = activations(one_step(sites_of(fc1=2), fc1=[1, 2]), fc1=[2, 1])
     assert chosen(evidence, Lowest(0.5, of="dormant")) == {"fc1": (1,)}
     assert chosen(evidence, Lowest(0.5, of=Stagnant(average="ua"))) == {"fc1": (0,)}
+    with_bias = Lowest(0.5, of=Stagnant(bias=True))
+    assert chosen(golden_evidence(np.array), with_bias) == {"fc1": (0, 2)}
+    assert with_bias.needs == {Quantity.RELATIVE_UPDATE_ACTIVITY_WITH_BIAS}
+    assert with_bias.score_name == "stagnant_bias"
+
+
+def test_scores_with_and_without_the_bias_stand_side_by_side() -> None:
+    scores = scored(golden_evidence(np.array), Stagnant(0.5) & ~Stagnant(0.5, bias=True))
+    assert list(scores["fc1"]) == ["stagnant", "stagnant_bias"]
+    assert select(scores).units == {"fc1": (0, 2)}
+
+
+def test_scores_with_the_bias_need_evidence_of_it() -> None:
+    evidence = one_step(sites_of(fc1=2), fc1=[1, 2])
+    message = "'stagnant' needs the gradients with biases of site 'fc1'; found only gradients: call loss.backward()"
+    with pytest.raises(EvidenceError, match=message):
+        scored(evidence, Stagnant(bias=True))
+
+
+def test_a_site_that_lacks_norms_with_the_bias_is_unscored() -> None:
+    evidence = Evidence(sites_of(fc1=2, fc2=2))
+    norms = (np.ones(2), np.array([1.0, 3.0]))
+    evidence.record_step({"fc1": norms, "fc2": norms}, with_bias={"fc1": norms})
+    assert scored(evidence, Stagnant(bias=True)).unscored == {"fc2": "received no gradient"}
+
+
+def test_what_a_stagnant_criterion_prints_names_the_bias_where_it_counts() -> None:
+    assert str(Stagnant()) == "Stagnant(threshold=0.25, average='scores')"
+    assert str(Stagnant(bias=True)) == "Stagnant(threshold=0.25, average='scores', bias=True)"
 
 
 def test_units_chosen_by_hand_need_no_evidence() -> None:
@@ -285,6 +325,8 @@ def test_bounds_of_the_closed_range_are_accepted(threshold: float) -> None:
 def test_unknown_average_names_the_two() -> None:
     with pytest.raises(CriterionError, match=r"Stagnant\.average is 'mean'; it must be 'scores'.* or 'ua'"):
         Stagnant(average="mean")  # type: ignore[arg-type]
+    with pytest.raises(CriterionError, match=r"Stagnant\.bias is 1; it must be True .* or False"):
+        Stagnant(bias=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("of", [Random(0.5), Units({}), Lowest(0.5), Stagnant() & Dormant()], ids=str)

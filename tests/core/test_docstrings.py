@@ -9,7 +9,7 @@ import pytest
 
 MODULES = [
     *("errors", "values", "tables", "sites", "evidence", "combining", "measuring", "choosing", "criteria"),
-    *("scores", "selection", "plans", "reports", "triggers", "schedules"),
+    *("scores", "selection", "plans", "reports", "triggers", "schedules", "methods"),
 ]
 
 

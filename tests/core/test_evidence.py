@@ -111,6 +111,49 @@ def test_usable_step_counts(usable: Array) -> None:
     assert (evidence.num_steps, evidence.num_skipped) == (1, 0)
 
 
+BIASED, RELATIVE_BIASED = Quantity.UPDATE_ACTIVITY_WITH_BIAS, Quantity.RELATIVE_UPDATE_ACTIVITY_WITH_BIAS
+
+
+def test_norms_with_the_bias_are_a_measure_of_their_own_in_the_same_steps() -> None:
+    evidence = Evidence(sites_of(fc1=2))
+    one, two = (ONES, np.array([1.0, 3.0])), (ONES, np.array([4.0, 4.0]))
+    evidence.record_step({"fc1": one})
+    assert set(evidence.measured("fc1")) == {UA, RUA}
+    evidence.record_step({"fc1": one}, with_bias={"fc1": two})
+    evidence.record_step({"fc1": one}, usable=False, with_bias={"fc1": one})
+    evidence.record_step({"fc1": one}, with_bias={"fc1": (ONES, np.array([1.0, np.nan]))})  # of this site alone
+    assert (evidence.num_steps, evidence.num_skipped) == (3, 1)
+    assert [evidence.num_samples("fc1", quantity) for quantity in (UA, BIASED)] == [3, 1]
+    assert measured(evidence, RUA) == [0.5, 1.5]
+    assert measured(evidence, BIASED) == pytest.approx([4.0, 4.0])
+    assert measured(evidence, RELATIVE_BIASED) == [1.0, 1.0]
+
+
+def test_norms_with_the_bias_that_stand_still_in_each_step_have_no_share() -> None:
+    evidence = Evidence(sites_of(fc1=2))
+    evidence.record_step({"fc1": (ONES, ONES)}, with_bias={"fc1": (ONES, 0 * ONES)})
+    assert measured(evidence, RELATIVE_BIASED) == [0.0, 0.0]
+
+
+def test_norms_with_the_bias_of_a_wrong_shape_are_refused_before_anything_counts() -> None:
+    evidence = Evidence(sites_of(fc1=2))
+    with pytest.raises(EvidenceError, match=r"site 'fc1' has 2 units; found an array of shape \(3,\)"):
+        evidence.record_step({"fc1": (ONES, ONES)}, with_bias={"fc1": (np.ones(3), np.ones(3))})
+    assert (evidence.num_steps, dict(evidence.measured("fc1"))) == (0, {})
+
+
+def test_samples_with_weights_count_by_their_sum() -> None:
+    evidence = Evidence(sites_of(fc1=2))
+    evidence.record_samples("fc1", np.array([3.0, 6.0]), np.asarray(1.5), Quantity.ACTIVATION)
+    assert evidence.num_samples("fc1", Quantity.ACTIVATION) == 1.5
+    again = Evidence(evidence.sites)
+    again.load_state_dict(evidence.state_dict())
+    for one in (evidence, again):
+        one.record_samples("fc1", np.array([1.0, 0.0]), 1, Quantity.ACTIVATION)  # without: each counts 1
+        assert measured(one, Quantity.ACTIVATION) == [4 / 2.5, 6 / 2.5]
+    assert isinstance(again.num_samples("fc1", UA), int)
+
+
 def test_only_unusable_steps_measure_nan() -> None:
     evidence = Evidence(sites_of(fc1=2))
     evidence.record_step({"fc1": (ONES, ONES)}, usable=np.asarray(False))

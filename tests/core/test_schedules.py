@@ -316,7 +316,7 @@ def test_a_trigger_prints_as_it_is_written() -> None:
         (lambda: run_of(Every(1), bounds={"max_units": 0}), "max_units is 0"),
         (lambda: run_of(Every(1), bounds={"max_share": 0.0}), "max_share is 0.0"),
         (lambda: run_of(Every(1), bounds={"max_share": 1.1}), "max_share is 1.1"),
-        (lambda: Act(lambda model, criterion: None, {"init": None}), "cannot be called"),  # type: ignore[arg-type,return-value]
+        (lambda: Act(lambda model, criterion: None, {"init": None}), "cannot be called"),
     ],
 )
 def test_what_can_never_act_is_refused_at_once(make: Callable[[], object], message: str) -> None:

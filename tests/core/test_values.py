@@ -37,6 +37,7 @@ REPORT = Report(
 )
 CRITERIA = [
     Stagnant(0.5, average="ua"),
+    Stagnant(bias=True),
     Dormant(0.0),
     GraMa(1.0),
     Lowest(0.25, of=GraMa(0.5)),

@@ -1197,17 +1197,16 @@ def test_coupling_is_refused_in_parameters_of_one_row_or_of_one_unit(shape: tupl
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd-dampening"])
-def test_one_parameter_has_one_layout_as_long_as_rows_are_young(name: str) -> None:
+def test_rows_and_columns_that_are_young_together_are_numbered_one_by_one(name: str) -> None:
     trial = Trial(TABLE[name], random_parameters([(5, 3)]))
     trial.step(3)
-    trial.surgery()
-    before, parameter, family = everything(trial), trial.parameters[0], family_of(trial.optimizer)
+    trial.surgery()  # rows 1 and 3
+    parameter, family = trial.parameters[0], family_of(trial.optimizer)
     assert family is not None
-    with pytest.raises(
-        OptimizerError, match=r"shape \(5, 3\) .* along UnitAxes\(axes=\(1,\).* along UnitAxes\(axes=\(0,\)"
-    ):
-        corrections.register(trial.optimizer, family, parameter, torch.tensor([2]), [3], UnitAxes((1,)))
-    assert everything(trial) == before
+    born = owners.young_rows(trial.optimizer)[parameter][1]
+    run(corrections.register(trial.optimizer, family, parameter, torch.tensor([2]), [7], UnitAxes((1,))))
+    rows = {3: born, 4: born, 9: born, 10: born}
+    assert owners.young_rows(trial.optimizer)[parameter] == rows | dict.fromkeys((2, 5, 8, 11, 14), 7)
 
 
 def test_state_that_is_no_tensor_is_refused() -> None:

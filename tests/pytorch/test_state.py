@@ -70,6 +70,29 @@ def test_any_network_is_restored_bit_for_bit_with_many_examples(data: st.DataObj
     assert_same_output(outcome(fresh, network.inputs), outcome(network.model, network.inputs), 0.0)
 
 
+@pytest.mark.situation(CHECKPOINTS, "a frozen target network from its own state dict", "works")
+# A frozen layer whose weight is computed is no place: its own parameters cannot be told from others'.
+@pytest.mark.parametrize("animal", [a for a in ZOO if a.sites and str(a) != "computed weights"], ids=str)
+def test_a_frozen_target_gets_the_saved_structure_and_stays_frozen(animal: Animal):
+    torch.manual_seed(0)
+    model, target, batch = animal.build().eval(), animal.build().eval().requires_grad_(False), animal.batch()
+    operated(model)
+    restored(target, model)
+    assert as_bits(target.state_dict()) == as_bits(model.state_dict())
+    assert surgery.composites(target) == surgery.composites(model)
+    # not bit for bit: without gradients torch runs attention by a fast path of its own
+    assert_same_output(outcome(target, batch), outcome(model, batch), 1e-6)
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+
+
+def test_a_frozen_target_that_cannot_take_the_structure_stays_frozen():
+    model, target = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), nn.Sequential(nn.Linear(4, 6))
+    surgery.knife(model, surgery.Units({"0": [1]}))
+    with pytest.raises(surgery.StateError, match="is no site of this model"):
+        surgery.restore(target.requires_grad_(False), model.state_dict())
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+
+
 def test_a_site_that_was_forced_by_name_is_restored_without_naming_it():
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3), nn.Tanh())

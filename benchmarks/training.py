@@ -1,0 +1,173 @@
+"""How fast whole training runs are, against a loop of the usual kind that plays one episode after the other.
+
+The plain loop plays one episode at a time in an environment of plain Python, calls the agents step by step, in playing
+and in learning, keeps observations as float32, and learns once per episode, as PyMARL does. Everything else, the
+mathematics of the update above all, is the same code, so that what is compared is the way of computing. Both learn on
+replays that are filled before, take turns in one run on one thread, and are measured by the time of the process; what
+is printed are medians of ratios of neighboring turns, with their quartiles.
+
+    python -m benchmarks.training             # predator-prey: steps per second
+    python -m benchmarks.training --returns   # the reduced game, to the end: what both ways come to (about 20 minutes)
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.learner import SteppingAgent
+from marl.environments.predator_prey_settings import VARIANTS
+from marl.environments.protocol import Observation, Outcome, Spec
+from marl.evaluation import evaluate
+from marl.rollout import collect
+from marl.run import Run, make_run
+from marl.run_settings import RunSettings, TrainingSettings, run_settings
+from marl.training import train, update
+from tests.marl.environments import reference
+
+NUM_TURNS = 7
+NUM_ROUND_EPISODES = 32
+NUM_SEEDS = 5
+NUM_STEPS = 40_000  # of the reduced game
+
+
+def main() -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    console = Console()
+    console.print(returns() if "--returns" in sys.argv else throughput("predator_prey"))
+
+
+def throughput(environment: str) -> Table:
+    """Steps per second of whole training."""
+    columns = ("way", "steps/s", "against the plain loop")
+    table = Table(*columns, title=f"QMIX on {environment}, random actions, one thread")
+    settings = run_settings("qmix", environment)
+    runs = {
+        "plain loop, an update per episode": (plain_run(settings), 1),
+        "32 side by side, an update per episode": (vectorized_run(settings, episodes_per_update=1), 1),
+        "32 side by side, an update per 32 episodes": (vectorized_run(settings, episodes_per_update=32), 32),
+    }
+    for run, _ in runs.values():
+        fill(run)
+    turns = [[turn(run) for run, _ in runs.values()] for _ in track(range(NUM_TURNS + 1))][1:]
+    rates = list(zip(*turns, strict=True))
+    for way, rate in zip(runs, rates, strict=True):
+        ratios = [mine / plain for mine, plain in zip(rate, rates[0], strict=True)]
+        table.add_row(way, f"{statistics.median(rate):,.0f}", spread(ratios))
+    return table
+
+
+def returns() -> Table:
+    """Returns of greedy episodes after training, by way."""
+    title = f"QMIX on predator_prey_tiny after {NUM_STEPS:,} steps, {NUM_SEEDS} seeds: returns (maximum 20)"
+    table = Table("way", "each seed", "mean", "95 % interval", title=title)
+    for way, make in (("plain loop", plain_run), ("32 side by side", vectorized_run)):
+        means = [final_return(make(reduced(seed))) for seed in track(range(NUM_SEEDS), description=way)]
+        low, high = bootstrap(means)
+        each = ", ".join(f"{mean:.1f}" for mean in means)
+        table.add_row(way, each, f"{statistics.mean(means):.1f}", f"{low:.1f} to {high:.1f}")
+    return table
+
+
+def reduced(seed: int) -> RunSettings:
+    """The game of the learning test."""
+    settings = run_settings("qmix", "predator_prey_tiny", seed=seed)
+    exploration = replace(settings.learning.exploration, num_steps=NUM_STEPS // 2)
+    return replace(settings, learning=replace(settings.learning, exploration=exploration))
+
+
+def vectorized_run(settings: RunSettings, *, episodes_per_update: int = 1) -> Run:
+    """The ordinary run."""
+    training = TrainingSettings(NUM_STEPS, episodes_per_update=episodes_per_update, evaluate_every=10**9)
+    return make_run(replace(settings, training=training))
+
+
+def plain_run(settings: RunSettings) -> Run:
+    """A run that plays and learns as is usual."""
+    training = TrainingSettings(NUM_STEPS, num_parallel=1, evaluate_every=10**9, num_evaluation_episodes=1)
+    run = make_run(replace(settings, training=training))
+    for networks in (run.learner.online, run.learner.target):
+        networks.agent.__class__ = SteppingAgent
+    run.environment = PlainGames(settings.tasks.tasks[0].environment)
+    return run
+
+
+def fill(run: Run) -> None:
+    """Play until a batch can be drawn."""
+    while len(run.replay) < run.settings.learning.replay.batch_size:
+        run.add(collect(run.environment, run.agent, epsilon=1.0, seed=run.games_seed))
+
+
+def turn(run: Run) -> float:
+    """Steps per second over one round, or over some episodes played one by one."""
+    start, steps = time.process_time(), run.progress.num_steps
+    for _ in range(1 if run.environment.batch_size > 1 else NUM_ROUND_EPISODES // 8):
+        num_due = run.add(collect(run.environment, run.agent, epsilon=1.0, seed=run.games_seed))
+        for _ in range(num_due):
+            update(run)
+    return (run.progress.num_steps - steps) / (time.process_time() - start)
+
+
+def final_return(run: Run) -> float:
+    """The mean return of greedy episodes of the trained agents, in the vectorized game."""
+    train(run)
+    games = run.task.make(100)
+    return evaluate(games, run.agent, seed=12345, num_episodes=100).mean_return
+
+
+def bootstrap(values: list[float], num_samples: int = 10_000) -> tuple[float, float]:
+    """The percentile interval of a mean."""
+    random = np.random.default_rng(0)
+    means = random.choice(values, (num_samples, len(values))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def spread(ratios: list[float]) -> str:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
+class PlainGames:
+    """One episode of predator-prey after the other, by the rules' text in plain Python, shown as float32."""
+
+    def __init__(self, name: str) -> None:
+        self.settings = VARIANTS[name]
+        self.batch_size = 1
+        self.spec: Spec = replace(
+            run_settings("vdn", name).tasks.spec, obs_dtype=torch.float32, state_dtype=torch.float32
+        )
+
+    def reset(self, seed: int | None = None) -> Observation:
+        """Begins an episode."""
+        stream = reference.stream(seed=seed or 0, lane=0, episode=1)
+        self.game = reference.Game(self.settings, self.settings.hunters, stream)
+        return self.observe()
+
+    def step(self, actions: Tensor) -> Outcome:
+        """Takes actions (1, N)."""
+        reward = self.game.step(actions[0].tolist())
+        ends = (torch.tensor([each]) for each in (self.game.terminated, self.game.truncated))
+        terminated, truncated = ends
+        return Outcome(self.observe(), torch.tensor([reward]), terminated, truncated)
+
+    def observe(self) -> Observation:
+        """What can be seen."""
+        obs = torch.tensor(self.game.obs(), dtype=torch.float32)
+        state = torch.tensor(self.game.state(), dtype=torch.float32)
+        return Observation(obs[None], state[None], torch.tensor(self.game.avail_actions())[None].bool())
+
+
+if __name__ == "__main__":
+    main()

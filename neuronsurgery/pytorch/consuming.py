@@ -1,0 +1,298 @@
+"""The consumers of a site: every slice of a parameter that reads the activations of its units.
+
+Methods that silence a unit or copy it have to write its outgoing weights. They are found in the traced graphs, from the
+activation function on: through functions of one entry, pooling, flattening, concatenation and batch norms, into the
+modules that are called and out to those that call. Where something else is read with a unit (a residual, a norm over
+units), or where the graph ends, the outgoing weights are not the unit's alone or not known, and the site is declined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.layouts import Layout, Passed
+from neuronsurgery.pytorch.links import UnitFunction
+from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.passing import past, width_of
+from neuronsurgery.pytorch.places import Place, banks_at
+from neuronsurgery.pytorch.producers import Multiplication, multiplication_at, shape_of
+from neuronsurgery.pytorch.products import Convolution, Linear
+from neuronsurgery.pytorch.reading import Reading
+from neuronsurgery.pytorch.recognition import canonical_name, is_metadata
+from neuronsurgery.pytorch.survey import Survey
+from neuronsurgery.pytorch.unit_axes import UnitAxes
+from neuronsurgery.pytorch.uses import Use
+
+__all__ = ["Consumer", "consumers_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A parameter that reads a site: `columns`, (num_units, entries) int64, are those of each unit under `axes`.
+
+    `axes` number what the parameter reads, as a producer's axes number its units. `bias`: what the same layer adds.
+    `passed`: what the activations pass on their way here; `is_fixed`: sizes are written out in the code on that way.
+    """
+
+    name: str
+    weight: nn.Parameter
+    axes: UnitAxes
+    columns: Tensor
+    bias: nn.Parameter | None
+    passed: Passed
+    is_fixed: bool = False
+
+    def of(self, units: Tensor) -> Tensor:
+        """The columns of some units, one after the other, (num_taken * entries,)."""
+        return self.columns.to(units.device).index_select(0, units).flatten()
+
+
+def consumers_of(survey: Survey, place: Place) -> tuple[Consumer, ...] | str:
+    """Every consumer of a site, or why not all of them can be told."""
+    if reason := _why_not_apart(place):
+        return reason
+    entries = [entry for entry in survey.by_weight[id(place.weight)] if not survey.is_superseded(entry)]
+    followed = Following(survey)
+    for reading, method, use in entries:
+        if reason := followed.follow(reading, method, use, place.site.num_units):
+            return reason
+    return followed.complete()
+
+
+def _why_not_apart(place: Place) -> str:
+    """Why what a site's consumers read is not its units' alone, whatever the consumers are."""
+    if place.bank is not None:
+        return "it has frozen rows, which its consumers read as well: undo or consolidate first"
+    if place.product.is_stacked:
+        return "its units are numbered by several axes, as stacked experts are"
+    for link in place.path.links:
+        if isinstance(link, UnitFunction) and link.num_others:
+            return "another tensor, a residual say, enters before its activation function: its consumers read that too"
+    return ""
+
+
+Value = tuple[nn.Module, fx.Node, Layout]
+
+
+@dataclass
+class Following:
+    """Follows the activations of one site to their consumers; each reason is the first found."""
+
+    survey: Survey
+    pending: list[Value] = field(default_factory=list)
+    found: dict[int, Consumer] = field(default_factory=dict)  # id of a weight -> what reads
+    calls: set[fx.Node] = field(default_factory=set)
+
+    def follow(self, reading: Reading, method: str, use: Use, num_units: int) -> str:
+        """Follow one use of the site; "" if all that reads it was found."""
+        if self.is_inlined(reading.scope):
+            return ""
+        layout = _layout_of(use, num_units)
+        if isinstance(layout, str):
+            return layout
+        self.pending.append((reading.scope, use.end, layout))
+        seen: set[fx.Node] = set()
+        while self.pending:
+            scope, node, layout = self.pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if not (readers := [user for user in node.users if not is_metadata(user)]):
+                return "nothing reads it"
+            for user in readers:
+                if reason := self.read(scope, node, user, layout, method):
+                    return reason
+        return ""
+
+    def is_inlined(self, scope: nn.Module) -> bool:
+        """Whether all callers of a scope have inlined it: it is followed in their graphs."""
+        return id(scope) in self.survey.inlined and not self.survey.callers.get(id(scope))
+
+    # -- one reader
+
+    def read(self, scope: nn.Module, node: fx.Node, user: fx.Node, layout: Layout, method: str) -> str:
+        if user.op == "output":
+            return self.left(scope, node, user, layout, method)
+        call = multiplication_at(user, scope)
+        if call is not None and call.received is node:
+            return self.consumed(scope, user, call, layout)
+        if call is not None:
+            return f"it is multiplied with the weights of '{call.producer}' otherwise than as its input"
+        if user.op == "call_module":
+            return self.called(scope, node, user, layout)
+        return self.passed(scope, user, past(user, node, scope, layout, self.width))
+
+    def passed(self, scope: nn.Module, user: fx.Node, layout: Layout | str) -> str:
+        if isinstance(layout, str):
+            return layout
+        self.pending.append((scope, user, layout))
+        return ""
+
+    def width(self, node: fx.Node, scope: nn.Module, axis: int) -> int | None:
+        """How many entries another value has along an axis."""
+        return width_of(node, scope, axis)
+
+    def called(self, scope: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
+        path = str(user.target)
+        module = submodule(scope, path)
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return self.recurrent(path, module, node, user, layout)
+        reading = self.survey.readings.get(id(module))
+        if reading is not None:
+            return self.entered(reading, node, user, layout)
+        return self.passed(scope, user, past(user, node, scope, layout, self.width))
+
+    def entered(self, reading: Reading, node: fx.Node, user: fx.Node, layout: Layout) -> str:
+        """A module with a forward of its own reads it."""
+        graphs = [traced.graph for method, traced in reading.traces if method == "forward"]
+        if not graphs or user.kwargs or any(not isinstance(argument, fx.Node) for argument in user.args):
+            return f"it enters '{user.target}' in a way that cannot be followed"
+        for graph in graphs:
+            placeholders = [inside for inside in graph.nodes if inside.op == "placeholder"]
+            inner = [p for p, argument in zip(placeholders, user.args, strict=False) if argument is node]
+            if not inner:
+                return f"it enters '{user.target}' in a way that cannot be followed"
+            self.pending += [(reading.scope, each, layout) for each in inner]
+        return ""
+
+    def left(self, scope: nn.Module, node: fx.Node, output: fx.Node, layout: Layout, method: str) -> str:
+        """The scope returns it, to those that call the scope."""
+        label = original_class(scope).__name__
+        callers = self.survey.callers.get(id(scope), [])
+        if method != "forward" and not callers:
+            return f"{label}.{method} returns it, which may be called from anywhere"
+        if blind := self.survey.blind_caller(scope):
+            return f"it leaves {label} to {blind}, which cannot be traced"
+        if not callers:
+            return f"it is returned by {label}"
+        if output.args[0] is node:
+            self.pending += [(caller, call, layout) for caller, call in callers]
+            return ""
+        result: Any = output.args[0]
+        if not isinstance(result, tuple) or node not in result:
+            return f"it is returned by {label} inside a structure"
+        items: list[tuple[Any, Any]] = [(caller, user) for caller, call in callers for user in call.users]
+        if any(canonical_name(user) != "getitem" or not isinstance(user.args[1], int) for _, user in items):
+            return f"it is returned by {label} in a tuple that is handed on"
+        self.pending += [(caller, user, layout) for caller, user in items if result[user.args[1]] is node]
+        return ""
+
+    # -- consumers
+
+    def consumed(self, scope: nn.Module, user: fx.Node, call: Multiplication, layout: Layout) -> str:
+        """A product with a parameter reads it."""
+        name = self.name_of(scope, call)
+        if isinstance(call.product, str):
+            return f"its consumer '{name}' cannot be written: {call.product}"
+        if call.computed is not None:
+            return f"the weight of its consumer '{name}' is computed, from parameters that other units share"
+        axes = _input_axes(call.product)
+        if axes is None:
+            return f"its consumer '{name}' is a product in which inputs have no columns of their own"
+        at = -call.product.dims - 1 if isinstance(call.product, Convolution) else -1
+        if layout.axis != at:
+            return f"its consumer '{name}' reads it along another axis than that of its units"
+        return self.noted(name, call.weight, axes, call.bias, layout) or self.counted(user)
+
+    def recurrent(self, path: str, module: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
+        """The gates of a recurrent layer read it, through their weights for inputs; both directions do."""
+        if user.args[:1] != (node,) or node in user.args[1:] or node in user.kwargs.values() or layout.axis != -1:
+            return f"it enters '{path}' otherwise than as its input"
+        names = [name for name in module._parameters if name in _RECURRENT]
+        weights: list[tuple[str, Any, Any]] = [
+            (name, module._parameters[name], module._parameters.get(name.replace("weight", "bias"))) for name in names
+        ]
+        for name, weight, bias in weights:
+            if reason := self.noted(f"{path}.{name}", weight, UnitAxes((1,)), bias, layout):
+                return reason
+        return self.counted(user)
+
+    def noted(self, name: str, weight: nn.Parameter, axes: UnitAxes, bias: nn.Parameter | None, layout: Layout) -> str:
+        columns = layout.columns(axes.num_units(weight.shape))
+        if isinstance(columns, str):
+            return f"its consumer '{name}' reads {columns}"
+        if isinstance(reason := self.unwritable(name, weight), str) and reason:
+            return reason
+        known = self.found.get(id(weight))
+        if known is not None and not torch.equal(known.columns, columns):
+            return f"its consumer '{name}' reads it in two places"
+        passed = layout.passed if known is None else max(known.passed, layout.passed)
+        is_fixed = layout.is_fixed or (known is not None and known.is_fixed)
+        self.found[id(weight)] = Consumer(name, weight, axes, columns, bias, passed, is_fixed)
+        return ""
+
+    def unwritable(self, name: str, weight: nn.Parameter) -> str:
+        """Why the columns of a weight are read by more than the consumer, or written by more."""
+        owners = self.survey.owners[id(weight)]
+        if any(isinstance(owner._modules.get(bank), Composite) for owner, bank in banks_at(owners)):
+            return f"its consumer '{name}' has frozen rows, which read it too: undo or consolidate there first"
+        if not weight.requires_grad:
+            return f"the weight of its consumer '{name}' is frozen"
+        return ""
+
+    def counted(self, user: fx.Node) -> str:
+        self.calls.add(user)
+        return ""
+
+    def name_of(self, scope: nn.Module, call: Multiplication) -> str:
+        outer = self.survey.names.get(id(scope), "")
+        return f"{outer}.{call.producer}".lstrip(".")
+
+    # -- all of them
+
+    def complete(self) -> tuple[Consumer, ...] | str:
+        """The consumers, if their weights read nothing else."""
+        for consumer in self.found.values():
+            if reason := self.other_inputs(consumer):
+                return reason
+        return tuple(self.found.values()) or "nothing reads it"
+
+    def other_inputs(self, consumer: Consumer) -> str:
+        """Why the columns of a consumer's weight may serve another input too: it is called again, or read otherwise."""
+        survey, weight = self.survey, consumer.weight
+        entries = [entry for entry in survey.by_weight.get(id(weight), ()) if not self.is_inlined(entry[0].scope)]
+        for reading, _, use in entries:
+            if use.node not in self.calls:
+                where = original_class(reading.scope).__name__
+                return f"its consumer '{consumer.name}' is called in {where} with another input too"
+        owners = survey.owners[id(weight)]
+        if not entries:  # a recurrent layer: its calls are no products
+            callers = [call for owner, _ in owners for _, call in survey.callers.get(id(owner), ())]
+            if any(call not in self.calls for call in callers):
+                return f"its consumer '{consumer.name}' is called with another input too"
+            return ""
+        reason = survey.other_role(weight, owners) or survey.other_way_in(weight, owners, entries)
+        return f"the weight of its consumer '{consumer.name}' has another role: {reason}" if reason else ""
+
+
+_RECURRENT = ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih")
+
+
+def _layout_of(use: Use, num_units: int) -> Layout | str:
+    """Where the units are in the activations of one use, batched as convolutions take their inputs."""
+    assert use.path is not None
+    if isinstance(use.product, Convolution):
+        num_axes = use.product.dims + 2
+        return Layout(num_units, use.path.unit_axes(use.product, num_axes)[0], num_axes)
+    shape = shape_of(use.product, use.weight)
+    for link in use.links:
+        shape = shape.past(link.link)
+    if shape.axes is None:
+        return "where its units are past a transpose is not known"
+    return Layout(num_units, shape.axes[0])
+
+
+def _input_axes(product: Any) -> UnitAxes | None:
+    """Where the inputs of a product are in its weight, as `UnitAxes` that number them; None where they are in none."""
+    if isinstance(product, Linear):
+        return UnitAxes((1 - product.axes.axes[0],))
+    if not isinstance(product, Convolution):
+        return None
+    if product.transposed:
+        return UnitAxes((0,))
+    return UnitAxes((1,)) if product.groups == 1 else UnitAxes((0, 2), product.groups)

@@ -1,0 +1,233 @@
+"""What is operated on in agents and mixers, on what evidence, and what the target networks have of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from marl.environments import matrix_tasks
+from marl.errors import CheckpointError, SettingsError
+from marl.learner import Learner
+from marl.run import make_run
+from marl.run_settings import SurgerySettings, run_settings
+from marl.settings import (
+    Algorithm,
+    HardTargets,
+    MixerSettings,
+    PolyakTargets,
+    QMIXSettings,
+    QPLEXSettings,
+    TargetSettings,
+    preset,
+)
+from marl.surgery import Operations, load_learner, operable_sites, unit_shares
+from marl.training import train
+from neuronsurgery import surgery
+from tests.marl.batches import made_up_episodes, new_learner
+
+SMALL: dict[str, MixerSettings] = {"qmix": QMIXSettings(6, 2, 8), "qplex": QPLEXSettings(2, 2, 6, 8)}
+
+
+def small_learner(algorithm: Algorithm = "qmix", targets: TargetSettings | None = None) -> Learner:
+    settings = preset("pymarl", algorithm)
+    agent = replace(settings.agent, hidden_size=8)
+    mixer = SMALL.get(algorithm, settings.mixer)
+    return new_learner(replace(settings, agent=agent, mixer=mixer, targets=targets or HardTargets()))
+
+
+def operations(learner: Learner, **settings: Any) -> Operations:
+    defaults: dict[str, Any] = {"method": "knife", "criterion": "lowest", "every": 3}
+    return Operations(learner, SurgerySettings(**(defaults | settings)), seed=0)
+
+
+def learn(learner: Learner, operating: Operations, num_updates: int) -> list[Any]:
+    """The reports of the operations."""
+    episodes, reports = made_up_episodes(), []
+    for _ in range(num_updates):
+        operating.see(episodes)
+        learner.update(episodes)
+        report = operating.step()
+        reports += [] if report is None else [report]
+    return reports
+
+
+AGENT = ("agent.encoder.0",)
+QMIX_MIXER = ("mixer.w1.0", "mixer.w2.0", "mixer.v.0")
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"), [(("agent",), AGENT), (("mixer",), QMIX_MIXER), (("agent", "mixer"), AGENT + QMIX_MIXER)]
+)
+def test_only_the_parts_asked_for_are_operated_on(parts: tuple[Any, ...], expected: tuple[str, ...]) -> None:
+    learner = small_learner()
+    assert tuple(operable_sites(learner, *parts)) == expected
+    (report,) = learn(learner, operations(learner, parts=parts), 3)
+    assert set(report.operated) == set(expected)
+    assert set(surgery.composites(learner.online).members) == set(expected)
+
+
+@pytest.mark.parametrize("criterion", ["stagnant", "dormant", "grama", "lowest", "random", "all"])
+def test_each_criterion_chooses_units(criterion: str) -> None:
+    learner = small_learner()
+    threshold = None if criterion in ("lowest", "random", "all") else 0.9
+    (report,) = learn(learner, operations(learner, criterion=criterion, threshold=threshold), 3)
+    num_units = sum(site.num_units for site in operable_sites(learner, "agent", "mixer").values())
+    assert report.num_units == num_units if criterion == "all" else 0 < report.num_units < num_units
+
+
+def test_a_threshold_of_none_is_the_one_that_the_criterion_has() -> None:
+    learner = small_learner()
+    operating = operations(learner, criterion="stagnant", bias=True)
+    assert "threshold=0.25" in str(operating) and "bias=True" in str(operating)
+
+
+@pytest.mark.parametrize("targets", [HardTargets(), PolyakTargets(0.1)], ids=["hard", "polyak"])
+@pytest.mark.parametrize("algorithm", ["qmix", "qplex", "vdn"])
+def test_an_operation_moves_neither_loss_nor_target_and_the_target_follows_on(
+    algorithm: Algorithm, targets: TargetSettings
+) -> None:
+    learner, episodes = small_learner(algorithm, targets), made_up_episodes()
+    operating = operations(learner, criterion="all")
+    learn(learner, operating, 2)
+    operating.see(episodes)
+    learner.update(episodes)
+    before = learner.estimate(episodes)
+    assert operating.step() is not None
+    after = learner.estimate(episodes)
+    assert (after.q_tot - before.q_tot).abs().max() <= 1e-12
+    assert (after.td_target - before.td_target).abs().max() <= 1e-12
+    learn(learner, operating, 2)
+    for _ in range(400):
+        learner.update_targets(num_episodes=10**6)
+    online, target = (networks.state_dict() for networks in (learner.online, learner.target))
+    assert online.keys() == target.keys()
+    assert all(torch.allclose(online[name], target[name], rtol=0, atol=1e-12) for name in online if online[name].ndim)
+
+
+def test_online_and_target_share_the_fresh_draw() -> None:
+    learner = small_learner()
+    learn(learner, operations(learner, criterion="all"), 3)
+    online, target = learner.online.state_dict(), learner.target.state_dict()
+    name = "agent.encoder.0"
+    assert torch.equal(online[f"{name}.weight"], target[f"{name}.weight"])
+    knowledge = f"{name}.composite.frozen_weight"
+    assert not torch.equal(online[knowledge], target[knowledge])  # each has its own
+
+
+def with_garbage(episodes: TensorDict) -> TensorDict:
+    """Other observations and states wherever nothing happened any more."""
+    spoiled, mask = episodes.clone(), episodes["mask"]
+    after = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # what was seen before or after a step
+    spoiled["obs"][~after] = 250
+    spoiled["state"][~after] = 1e4
+    return spoiled
+
+
+@pytest.mark.parametrize("algorithm", ["qmix", "qplex"])
+def test_padding_does_not_enter_the_shares(algorithm: Algorithm) -> None:
+    learner, episodes = small_learner(algorithm), made_up_episodes()
+    assert not torch.equal(with_garbage(episodes)["obs"], episodes["obs"])
+    assert unit_shares(learner, with_garbage(episodes)) == pytest.approx(unit_shares(learner, episodes))
+
+
+def test_padding_and_agents_that_see_nothing_do_not_enter_the_choice() -> None:
+    def chosen(episodes: TensorDict) -> Any:
+        learner = small_learner()
+        operating = operations(learner, criterion="dormant", threshold=0.8, parts=("agent",), every=1)
+        operating.see(episodes)
+        learner.update(episodes)
+        return operating.step().operated["agent.encoder.0"]  # type: ignore[union-attr]
+
+    episodes = made_up_episodes()
+    assert chosen(with_garbage(episodes)) == chosen(episodes)
+
+    blind = episodes.clone()
+    blind["obs"][:, :, 0] = 0
+    expected = expected_dormant(blind, threshold=0.8)
+    assert chosen(blind) == expected
+
+
+def expected_dormant(episodes: TensorDict, threshold: float) -> tuple[int, ...]:
+    """By a plain loop over what agents see who are in the game, at steps that happened."""
+    agent = small_learner().online.agent
+    before = torch.cat([torch.full_like(episodes["actions"][:, :1], -1), episodes["actions"]], dim=1)
+    total, count = torch.zeros(8, dtype=torch.float64), 0
+    for b, t in episodes["mask"].nonzero().tolist():
+        for n in range(3):
+            if episodes["obs"][b, t, n].any():
+                inputs = agent.inputs.join(episodes["obs"][b, t], before[b, t], torch.float64)[n]  # type: ignore[operator, union-attr]
+                total += agent.encoder(inputs).detach()  # type: ignore[operator]
+                count += 1
+    scores = total / count / (total / count).mean()
+    return tuple((scores <= threshold).nonzero().flatten().tolist())
+
+
+def test_measuring_leaves_the_learner_as_it_was() -> None:
+    learner, episodes = small_learner(), made_up_episodes()
+    learner.update(episodes)
+    weights = {name: value.clone() for name, value in learner.online.state_dict().items()}
+    gradients = gradients_of(learner)
+    unit_shares(learner, episodes)
+    assert all(torch.equal(value, weights[name]) for name, value in learner.online.state_dict().items())
+    assert all(map(torch.equal, gradients, gradients_of(learner)))
+
+
+def gradients_of(learner: Learner) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in learner.online.parameters() if parameter.grad is not None]
+
+
+def test_dead_units_are_those_that_never_fire() -> None:
+    learner, episodes = small_learner(), made_up_episodes()
+    with torch.no_grad():
+        learner.online.agent.encoder[0].bias[:3] = -1e3  # type: ignore[union-attr, index]
+    before = unit_shares(learner, episodes)
+    assert before["agent/dead"] == pytest.approx(3 / 8)
+    assert before["agent/stagnant"] >= 3 / 8
+
+
+def test_a_state_of_zeros_is_refused_for_hypernetworks_with_the_remedy() -> None:
+    settings = run_settings("qmix", "matrix_game", payoff="climbing", state="zeros")
+    settings = replace(settings, surgery=SurgerySettings("knife"))
+    with pytest.raises(SettingsError, match='state="ones"'):
+        train(make_run(settings))
+    agents_only = replace(settings, surgery=SurgerySettings("knife", parts=("agent",)))
+    short = replace(agents_only, training=replace(settings.training, num_steps=64, evaluate_every=10_000))
+    train(make_run(short))
+
+
+def test_a_mixer_without_units_of_its_own_cannot_be_operated_on() -> None:
+    with pytest.raises(SettingsError, match="have no hidden units of their own"):
+        operations(small_learner("vdn"), parts=("mixer",))
+
+
+def test_shares_of_a_mixer_without_units_are_not_reported() -> None:
+    assert {name.partition("/")[0] for name in unit_shares(small_learner("vdn"), made_up_episodes())} == {"agent"}
+
+
+def test_a_state_saved_with_surgery_is_refused_without_and_the_other_way_round() -> None:
+    with_surgery = operations(small_learner())
+    with pytest.raises(CheckpointError, match="saved with surgery"):
+        Operations(small_learner(), SurgerySettings(), seed=0).load_state_dict(with_surgery.state_dict())
+    with pytest.raises(CheckpointError, match="saved without surgery"):
+        operations(small_learner()).load_state_dict({})
+    with pytest.raises(CheckpointError, match="other settings"):
+        operations(small_learner(), every=4).load_state_dict(with_surgery.state_dict())
+
+
+def test_networks_of_other_sizes_are_refused_and_nothing_is_changed() -> None:
+    learner, other = small_learner(), small_learner("qplex")
+    learn(learner, operations(learner), 3)
+    before = {name: value.clone() for name, value in other.online.state_dict().items()}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_learner(other, learner.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in other.online.state_dict().items())
+
+
+def test_a_task_of_another_payoff_is_announced() -> None:
+    settings = replace(run_settings("qmix", "matrix_game", payoff="climbing"), tasks=matrix_tasks("climbing", "qtran"))
+    run = make_run(replace(settings, surgery=SurgerySettings("knife", criterion="random", after_task_change=0)))
+    assert run.begin_next_task() is not None

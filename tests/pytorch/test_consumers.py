@@ -1,0 +1,385 @@
+"""Consumers are found in the graphs: every slice that reads a unit, or a reason.
+
+What is found is held to two facts that need no knowledge of how: with the found columns zero the output does not depend
+on the unit, and with any other unit's columns zero it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neuronsurgery import surgery
+from neuronsurgery.errors import SiteError
+from neuronsurgery.pytorch.consuming import consumers_of
+from neuronsurgery.pytorch.layouts import Layout
+from neuronsurgery.pytorch.sites import explored
+
+
+class Forward(nn.Module):
+    """Children by name, for a forward that a subclass gives."""
+
+    one: Any
+    two: Any
+    body: Any
+    head: Any
+    policy: Any
+    value: Any
+    memory: Any
+    wide: Any
+    deep: Any
+    grouped: Any
+    up: Any
+    left: Any
+    right: Any
+    embed: Any
+    mix: Any
+    last: Any
+    norm: Any
+    gate: Any
+    attention: Any
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def images() -> nn.Module:
+    """Convolutions, a batch norm and pooling between, and a flattening in front of a linear layer."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 3, 2), nn.SiLU()),
+        *(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)),
+    )
+
+
+class Branches(Forward):
+    """Two heads read one layer, one of them from a concatenation with the input."""
+
+    def __init__(self) -> None:
+        super().__init__(body=nn.Linear(4, 8), policy=nn.Linear(12, 3), value=nn.Linear(8, 1))
+
+    def forward(self, x):
+        h = F.relu(self.body(x))
+        return torch.cat([self.policy(torch.cat([x, h], -1)), self.value(h)], -1)
+
+
+class Modules(Forward):
+    """Out of one module, into another, and into a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__(body=Body(), head=nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 1)))
+        self.memory = nn.GRU(8, 3, batch_first=True)
+
+    def forward(self, x):
+        h = self.body(x)
+        return torch.cat([self.head(h), self.memory(h.unsqueeze(1))[0].flatten(1)], -1)
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+
+    def forward(self, x):
+        return F.relu(self.layer(x))
+
+
+class Dense(Forward):
+    """Each layer reads all before it."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 8), two=nn.Linear(12, 6), head=nn.Linear(14, 2))
+
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.head(torch.cat([h, F.relu(self.two(torch.cat([x, h], 1)))], 1))
+
+
+class Functional(nn.Module):
+    """Weights in parameters, (in, out), and joined channels that are flattened together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(6, 2))
+
+    def forward(self, x):
+        return F.gelu(x @ self.up) @ self.down
+
+
+class Mobile(Forward):
+    """A depthwise, a grouped and a transposed convolution, pooled by a mean."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            wide=nn.Conv2d(1, 8, 1), deep=nn.Conv2d(8, 8, 3, groups=8), grouped=nn.Conv2d(8, 4, 1, groups=2)
+        )
+        self.up, self.head = nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = F.silu(self.grouped(F.relu(self.deep(F.silu(self.wide(x))))))
+        return self.head(F.gelu(self.up(h)).mean((2, 3)))
+
+
+class TwoStreams(Forward):
+    """Channels of two convolutions, joined and then flattened: a block of columns for each unit, behind others."""
+
+    def __init__(self) -> None:
+        super().__init__(left=nn.Conv1d(1, 2, 3), right=nn.Conv1d(1, 3, 3), head=nn.Linear(5 * 4, 2))
+
+    def forward(self, x):
+        joined = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], dim=1)
+        return self.head(joined.flatten(1))
+
+
+class Sequence(Forward):
+    """Linear units over time, of which the last step goes on, and a convolution over time behind a transpose."""
+
+    def __init__(self) -> None:
+        super().__init__(embed=nn.Linear(4, 6), mix=nn.Conv1d(6, 3, 2), head=nn.Linear(3, 2), last=nn.Linear(6, 2))
+
+    def forward(self, x):
+        h = F.relu(self.embed(x))
+        mixed = F.relu(self.mix(h.transpose(-1, -2))).mean(-1)
+        return self.head(mixed) + self.last(h[:, -1])
+
+
+WIDE, IMAGE = (5, 4), (5, 1, 8, 8)
+FOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, dict[str, int]]]] = {
+    "mlp": (mlp, WIDE, {"0": {"3": 1}, "3": {"5": 1}}),
+    "images": (images, IMAGE, {"0": {"4": 1}, "4": {"7": 4}, "7": {"9": 1}}),
+    "branches": (Branches, WIDE, {"body": {"policy": 1, "value": 1}}),
+    "modules": (
+        *(Modules, WIDE),
+        {"body.layer": {"head.0": 1, "memory.weight_ih_l0": 1}, "head.0": {"head.2": 1}},
+    ),
+    "dense": (Dense, WIDE, {"one": {"head": 1, "two": 1}, "two": {"head": 1}}),
+    "functional": (Functional, WIDE, {"up": {"down": 1}}),
+    "mobile": (
+        *(Mobile, IMAGE),
+        {"wide": {"deep": 1}, "deep": {"grouped": 1}, "grouped": {"up": 1}, "up": {"head": 1}},
+    ),
+    "two streams": (TwoStreams, (5, 1, 6), {"left": {"head": 4}, "right": {"head": 4}}),
+    "sequence": (Sequence, (5, 7, 4), {"embed": {"mix": 1, "last": 1}, "mix": {"head": 1}}),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_consumer_is_found_with_the_columns_of_a_unit(name: str) -> None:
+    make, _, expected = FOUND[name]
+    found = surgery.consumers(make())
+    assert {site: dict(readers) for site, readers in found.readers.items()} == expected
+    assert found.declined == {}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_columns_found_are_all_that_reads_a_unit_and_no_other_units(name: str) -> None:
+    make, shape, expected = FOUND[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    for site in expected:
+        model = make().double().eval()
+        unit, other = 1, 0
+        discovery, survey = explored(model)
+        place = discovery.places[site]
+        readers = consumers_of(survey, place)
+        assert not isinstance(readers, str)
+        silence(readers, unit)
+        before = model(x.double())
+        with torch.no_grad():
+            place.slots[0].tensor.copy_(louder(place, unit))  # type: ignore[union-attr]
+        assert torch.equal(model(x.double()), before), site
+        with torch.no_grad():
+            place.slots[0].tensor.copy_(louder(place, other))  # type: ignore[union-attr]
+        assert not torch.allclose(model(x.double()), before), site
+
+
+def silence(readers: Any, unit: int) -> None:
+    for consumer in readers:
+        columns = consumer.of(torch.tensor([unit]))
+        with torch.no_grad():
+            consumer.axes.put(consumer.weight, columns, torch.zeros_like(consumer.axes.take(consumer.weight, columns)))
+
+
+def louder(place: Any, unit: int) -> Tensor:
+    weight: Tensor = place.weight.detach().clone()
+    axes, units = place.product.axes, torch.tensor([unit])
+    axes.put(weight, units, 3 - axes.take(weight, units))
+    return weight
+
+
+# -- what is declined ------------------------------------------------------------------------------------------------
+
+
+class Residual(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(x + F.relu(self.one(x)))
+
+
+class ResidualBefore(Residual):
+    def forward(self, x):
+        return self.head(F.relu(x + self.one(x)))
+
+
+class Normed(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), norm=nn.LayerNorm(4), head=nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(self.norm(F.relu(self.one(x))))
+
+
+class Gated(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), gate=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(F.silu(self.one(x)) * self.gate(x))
+
+
+class Returned(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.head(h), h
+
+
+class SharedHead(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), two=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(F.relu(self.one(x))) + self.head(F.relu(self.two(x)))
+
+
+class Tied(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x):
+        return self.head(F.relu(self.one(x))) + self.head.weight.sum()
+
+
+class Open(Forward):
+    """The sizes of a flattened convolution and of what it is joined with are both not known."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Conv2d(1, 2, 3), head=nn.Linear(2 * 36 + 64, 2))
+
+    def forward(self, x):
+        return self.head(torch.cat([F.relu(self.one(x)).flatten(1), x.flatten(1)], 1))
+
+
+class Encoding(Forward):
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def encode(self, x):
+        return F.relu(self.one(x))
+
+    def forward(self, x):
+        return self.head(self.encode(x))
+
+
+class Untraced(Forward):
+    def __init__(self) -> None:
+        super().__init__(body=Body(), head=nn.Linear(8, 2))
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.head(h) if h.sum() > 0 else self.head(-h)
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
+
+
+def frozen_head() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2).requires_grad_(False))
+
+
+def attended() -> nn.Module:
+    class Attended(Forward):
+        def forward(self, x):
+            h = F.relu(self.one(x))
+            return self.attention(h, h, h)[0]
+
+    return Attended(one=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 2))
+
+
+DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "a residual behind": (Residual, "one", "added to another tensor"),
+    "a residual before": (ResidualBefore, "one", "a residual say, enters before its activation function"),
+    "a norm over units": (Normed, "one", r"'norm' \(LayerNorm\) reads it, which may mix units"),
+    "a gate": (Gated, "one", "'mul' combines it with a computed tensor"),
+    "returned": (Returned, "one", "it is returned by Returned"),
+    "a consumer of two": (SharedHead, "one", "'head' is called in SharedHead with another input too"),
+    "a consumer read otherwise": (Tied, "one", "'head' has another role: its weight is also read by 'sum'"),
+    "open sizes": (Open, "one", "how 136 entries are shared out .* is not known"),
+    "a method": (Encoding, "one", "Encoding.encode returns it, which may be called from anywhere"),
+    "a caller that cannot be traced": (Untraced, "body.layer", "it leaves Body to Untraced.forward"),
+    "a computed weight": (weight_normed, "0", "the weight of its consumer '2' is computed"),
+    "a frozen consumer": (frozen_head, "0", "the weight of its consumer '2' is frozen"),
+    "attention": (attended, "one", "'attention'"),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_a_site_whose_outgoing_weights_are_not_its_own_is_declined_with_the_reason(name: str) -> None:
+    make, site, reason = DECLINED[name]
+    with pytest.raises(SiteError, match=f"outgoing weights of site '{site}' cannot be written: .*{reason}"):
+        surgery.consumers(make()).require([site])
+
+
+def test_frozen_rows_on_either_side_are_declined() -> None:
+    model = mlp()
+    surgery.knife(model, surgery.Units({"3": [1]}))
+    declined = surgery.consumers(model).declined
+    assert declined["0"].startswith("its consumer '3' has frozen rows") and declined["3"].startswith(
+        "it has frozen rows"
+    )
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_agree_with_torch_on_where_units_go() -> None:
+    """A value that says at each place which unit it is, taken the same way."""
+    marked = torch.arange(3.0)[None, :, None, None].expand(2, 3, 2, 2)
+    other = torch.full((2, 2, 2, 2), -1.0)
+    value = torch.cat([torch.cat([other, marked], 1).flatten(1), torch.full((2, 5), -2.0)], 1)
+    joined = Layout(3, axis=-3, num_axes=4).joined([2], [])
+    flat = joined.flattened(1, -1)
+    assert isinstance(flat, Layout)
+    columns = flat.joined([], [5]).columns(value.shape[1])
+    assert isinstance(columns, Tensor)
+    assert torch.equal(value[0][columns], torch.arange(3.0)[:, None].expand(3, 4))
+
+
+def test_units_over_time_that_are_flattened_have_a_column_for_each_step() -> None:
+    value = torch.arange(3.0).expand(2, 4, 3).flatten(1)
+    flat = Layout(3, axis=-1).flattened(1, -1)
+    assert isinstance(flat, Layout)
+    columns = flat.columns(12)
+    assert isinstance(columns, Tensor)
+    assert torch.equal(value[0][columns], torch.arange(3.0)[:, None].expand(3, 4))
+
+
+@pytest.mark.parametrize("total", [2, 4, 7])
+def test_sizes_that_do_not_fit_are_a_reason(total: int) -> None:
+    assert Layout(3, axis=-1).columns(total) == f"{total} entries do not fit its 3 units"
+    assert Layout(3, axis=-3, num_axes=4, inner=None).columns(total) == f"{total} entries do not fit its 3 units"
