@@ -190,7 +190,13 @@ SHOWN = (
 def table_of(records: Sequence[Record], *, num_last: int = 10) -> Table:
     """The last records, for people."""
     last = records[-num_last:]
-    table = Table(title=f"last {len(last)} of {len(records)} records", box=SIMPLE, pad_edge=False)
+    table = Table(
+        title=f"last {len(last)} of {len(records)} records",
+        box=SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
     columns = [name for name in SHOWN if any(name in record for record in last)]
     if len({record.get("task") for record in last}) < 2:
         columns = [name for name in columns if name != "task"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -47,6 +47,12 @@ KNIFE: Layer = {
 def small(*layers: Layer) -> RunSettings:
     """Two matrix games in a row, unless the layers say otherwise."""
     return configure(MATRIX_GAMES, *layers)
+
+
+def rounds(number: int) -> Callable[[], bool]:
+    """Stops training after so many rounds."""
+    asked = iter(range(number + 1))
+    return lambda: next(asked) == number
 
 
 class Recorder(Silent):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,15 +16,9 @@ from marl.logs import open_logs, read_csv
 from marl.run import Run, make_run
 from marl.run_settings import RunSettings
 from marl.training import train
-from tests.marl.runs import KNIFE, PREDATOR_PREY, Recorder, assert_same_run, differences, small
+from tests.marl.runs import KNIFE, PREDATOR_PREY, Recorder, assert_same_run, differences, rounds, small
 
 ROOT = Path(__file__).parents[2]
-
-
-def rounds(number: int) -> Any:
-    """Stops training after so many rounds."""
-    asked = iter(range(number + 1))
-    return lambda: next(asked) == number
 
 
 def finished(settings: RunSettings) -> tuple[Run, Recorder]:

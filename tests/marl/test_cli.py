@@ -19,6 +19,7 @@ from marl.configuring import configure, read_file, to_yaml
 from marl.logs import read_csv
 from marl.run import Run, make_run
 from marl.training import Silent, train
+from tests.documents import read_blocks
 from tests.marl.runs import KNIFE, PREDATOR_PREY, Recorder, assert_same_run, small
 
 ROOT = Path(__file__).parents[2]
@@ -86,14 +87,11 @@ def press_ctrl_c_in_round(number: int, monkeypatch: pytest.MonkeyPatch, *, key: 
     monkeypatch.setattr("marl.checkpoints.Saves", lambda _: Presses())
 
 
-@pytest.mark.parametrize("key", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_after_the_round_and_says_how_to_go_on(
-    key: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_saves_after_the_round_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, output = asked(tmp_path), tmp_path / "run"
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
-        press_ctrl_c_in_round(3, patched, key=key)
+        press_ctrl_c_in_round(3, patched)
         result = marl("train", "--settings", file, "--output", output)
     assert result.exit_code == 130
     assert f"python -m marl train --output {output} --resume goes on" in result.stderr
@@ -106,12 +104,15 @@ def test_ctrl_c_saves_after_the_round_and_says_how_to_go_on(
     assert read_csv(output / "log.csv") == recorder.records
 
 
-def test_ctrl_c_in_the_last_round_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_round_of_a_task_loses_no_record(
+    key: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, output = asked(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patched:
-        press_ctrl_c_in_round(5, patched)
+        press_ctrl_c_in_round(5, patched, key=key)
         assert marl("train", "--settings", file, "--output", output).exit_code == 130
-    assert len(read_csv(output / "log.csv")) == 2  # the record at the end of the first task is there
+    assert len(read_csv(output / "log.csv")) == 2  # the second is that of the end
 
 
 def test_a_finished_run_goes_on_for_longer(trained: Path, tmp_path: Path) -> None:
@@ -138,6 +139,37 @@ def test_without_an_output_the_folder_is_named_after_the_run(tmp_path: Path, mon
     assert marl("train", "--settings", file, "--seed", "4").exit_code == 0
     assert (tmp_path / "results" / "qmix-knife-none-4" / NAME).exists()
     assert marl("train", "--settings", file, "--seed", "4", "--resume").exit_code == 0
+
+
+def documented() -> list[str]:
+    lines = [line for page in ("README.md", "docs/marl.md") for line in (ROOT / page).read_text("utf-8").splitlines()]
+    return [line.removeprefix("$ python -m marl ") for line in lines if line.startswith("$ python -m marl ")]
+
+
+@pytest.mark.parametrize("command", sorted({line for line in documented() if line.startswith("train")}))
+def test_documented_commands_are_understood(
+    command: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in read_blocks(ROOT / "docs" / "marl.md"):
+        if block.text.startswith("# mine.yaml"):
+            Path("mine.yaml").write_text(block.text, encoding="utf-8")
+    if "--resume" in command:
+        Path("results").mkdir()
+        Path("results/two-games").symlink_to(trained)
+    result = marl(*command.split(), "--show-settings")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_other_documented_commands_are_understood(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    Path("results/qmix-predator_prey_tiny-knife-0").symlink_to(trained)
+    commands = {line for line in documented() if not line.startswith("train")}
+    assert {command.partition(" ")[0] for command in commands} == {"evaluate", "play"}
+    assert {marl(*command.split()).exit_code for command in commands} == {0}
 
 
 GAME = ("--algorithm", "qmix", "--environment", "predator_prey_tiny")

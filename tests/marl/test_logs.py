@@ -18,7 +18,7 @@ from marl.records import Record
 from marl.run import Progress, Run, make_run
 from marl.training import train
 from neuronsurgery import surgery
-from tests.marl.runs import KNIFE, Recorder, small
+from tests.marl.runs import KNIFE, Recorder, rounds, small
 
 FIRST: Record = {"steps": 10, "task": "007", "test/return": 0.1 + 0.2}
 SECOND: Record = {"steps": 20, "task": "a,b", "test/return": float("-inf"), "surgery/units": 3}
@@ -131,7 +131,7 @@ def test_without_tensorboard_it_is_said_what_to_install(tmp_path: Path, monkeypa
 def test_where_there_is_no_terminal_the_bar_says_nothing(run: Run) -> None:
     text = io.StringIO()
     with progress_bar(Console(file=text), run) as bar:
-        train(run, bar)
+        train(run, bar, is_stopped=rounds(2))
     assert text.getvalue().strip() == ""
 
 
