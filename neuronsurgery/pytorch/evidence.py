@@ -29,7 +29,7 @@ from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
-from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights
+from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights, sums_by_unit
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import Sink, listening
