@@ -19,7 +19,7 @@ from tests.architecture import Module, read_package
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "neuronsurgery"
-DEMO = (f"{PACKAGE}.demo",)  # may import what the extra `demo` installs
+DEMO = (f"{PACKAGE}.demo", f"{PACKAGE}.comparison")  # may import what the extra `demo` installs
 
 
 def declared(*extras: str) -> set[str]:
