@@ -161,14 +161,11 @@ def load_learner(learner: Learner, state: Mapping[str, Any]) -> None:
     """
     surgery.accept(learner.online)
     surgery.accept(learner.target)
-    learner.target.requires_grad_(True)  # banks are taken over by sites, and a frozen layer is none
     try:
         learner.load_state_dict(state)
         surgery.attach(learner.online, learner.optimizer)
     except surgery.SurgeryError as error:
         raise CheckpointError(str(error)) from error
-    finally:
-        learner.target.requires_grad_(False)
 
 
 def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
