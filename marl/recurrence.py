@@ -38,7 +38,7 @@ class _Unrolled(torch.autograd.Function):
     """Shapes: T steps, M rows, I inputs, H units; weights as in `nn.GRUCell`, gates in the order r, z, n.
 
     What belongs to all steps is computed stretch by stretch: a stretch stays in the processor's cache, and so do the
-    pieces of memory that it takes.
+    pieces of memory that it takes. Each gate has its own piece, as operations on parts of rows take twice as long.
     """
 
     @staticmethod
@@ -46,12 +46,16 @@ class _Unrolled(torch.autograd.Function):
         is_learning, num_units = any(ctx.needs_input_grad), weight_hh.shape[1]
         hidden = x.new_empty(len(x) + 1, x.shape[1], num_units)
         hidden[0] = 0
-        saved = []
-        for stretch in _stretches(x, num_units):
-            gates = _product(x[stretch], weight_ih, bias_ih)
-            from_state = torch.empty_like(gates) if is_learning else torch.empty_like(gates[:1]).expand_as(gates)
-            _run(gates, from_state, weight_hh.t(), bias_hh, hidden[stretch.start : stretch.stop + 1])
-            saved += [gates, from_state[..., 2 * num_units :]]
+        bias = (bias_ih + bias_hh).view(3, 1, num_units)  # of the candidate, the state's part passes the reset gate
+        bias[2] = bias_ih[-num_units:]
+        weights = [_by_gate(weight).transpose(1, 2).contiguous() for weight in (weight_ih, weight_hh)]
+        stretches, saved = _stretches(x, num_units), list[Tensor]()
+        for stretch in stretches:
+            if is_learning or not saved:  # else what the stretch before took is still in the cache
+                saved.append(x.new_empty(4, stretch.stop - stretch.start, *hidden.shape[1:]))
+            gates = saved[-1][:, : stretch.stop - stretch.start]
+            _enter(x[stretch], weights[0], bias, out=gates[:3])
+            _run(gates, weights[1], bias_hh[-num_units:], hidden[stretch.start : stretch.stop + 1])
         if is_learning:
             ctx.save_for_backward(x, weight_ih, weight_hh, hidden, *saved)
         return hidden[1:]
@@ -60,27 +64,17 @@ class _Unrolled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_hidden: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_ih, weight_hh, hidden, *saved = ctx.saved_tensors
-        grads = [torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)]
-        grads += [weight_ih.new_zeros(len(weight_ih)), weight_ih.new_zeros(len(weight_ih))]
+        weights = _by_gate(weight_hh)
+        sums = _Sums(_by_gate(weight_ih), weights)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        carried = torch.zeros_like(hidden[0])
-        stretches = _stretches(x, weight_hh.shape[1])
-        for number, stretch in reversed(list(enumerate(stretches))):
-            before = hidden[stretch]
-            at_gates, at_inputs, carried = _changes(
-                grad_hidden[stretch],
-                carried,
-                weight_hh,
-                gates=saved[2 * number],
-                states=(saved[2 * number + 1], before),
-            )
-            grads[1].addmm_(at_gates.t(), before.flatten(0, 1))
-            grads[3] += at_gates.sum(dim=0)
-            grads[0].addmm_(at_inputs.t(), x[stretch].flatten(0, 1))
-            grads[2] += at_inputs.sum(dim=0)
+        carried, room = torch.zeros_like(hidden[0]), torch.empty_like(saved[0])
+        for gates, stretch in reversed(list(zip(saved, _stretches(x, weight_hh.shape[1]), strict=True))):
+            changes = _slopes(gates, hidden[stretch], out=room[:, : gates.shape[1]])
+            carried = _run_back(changes, gates[1], grad_hidden[stretch], carried, weights)
+            sums.add(changes, x[stretch], hidden[stretch])
             if grad_x is not None:
-                torch.mm(at_inputs, weight_ih, out=grad_x[stretch].view(-1, x.shape[-1]))
-        return grad_x, *grads
+                _to_inputs(changes, _by_gate(weight_ih), out=grad_x[stretch])
+        return grad_x, *sums.gradients()
 
 
 STRETCH = 2**18
@@ -92,41 +86,93 @@ def _stretches(x: Tensor, num_units: int) -> list[slice]:
     return [slice(start, min(start + size, len(x))) for start in range(0, len(x), size)]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
+def _by_gate(weight: Tensor) -> Tensor:
+    """Weights (3 H, I) as (3, H, I)."""
+    return weight.view(3, -1, weight.shape[1])
 
 
-def _run(gates: Tensor, from_state: Tensor, weight: Tensor, bias: Tensor, hidden: Tensor) -> None:
-    """Turn what the inputs give the gates into the gates, and write the states that follow the first."""
-    num_units = hidden.shape[-1]
-    steps = zip(gates.unbind(), from_state.unbind(), hidden[:-1].unbind(), hidden[1:].unbind(), strict=True)
-    for gate, recurrent, before, after in steps:
-        torch.addmm(bias, before, weight, out=recurrent)
-        both, candidate = gate[:, : 2 * num_units], gate[:, 2 * num_units :]
-        both.add_(recurrent[:, : 2 * num_units]).sigmoid_()
-        candidate.addcmul_(both[:, :num_units], recurrent[:, 2 * num_units :]).tanh_()
-        torch.lerp(candidate, before, both[:, num_units:], out=after)
+def _enter(x: Tensor, weights: Tensor, bias: Tensor, *, out: Tensor) -> None:
+    """What inputs (T, M, I) give the gates (3, T, M, H)."""
+    rows = x.flatten(0, 1)
+    torch.baddbmm(bias, rows.expand(3, *rows.shape), weights, out=out.flatten(1, 2))
 
 
-def _changes(
-    grad_hidden: Tensor, carried: Tensor, weight: Tensor, *, gates: Tensor, states: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """How the loss changes with the gates, as the state enters them and as the inputs do, and with the first state."""
-    reset, update, candidate = gates.chunk(3, dim=-1)
-    candidate_from_state, before = states
-    num_steps, num_rows, num_units = candidate.shape
-    # what a change of h' becomes at the gates: at each step it is only to be multiplied by that change
-    at_gates = gates.new_empty(num_steps, num_rows, 3, num_units)
-    at_candidate = (1 - update).mul_(1 - candidate * candidate)
-    torch.mul(at_candidate * candidate_from_state, reset * (1 - reset), out=at_gates[:, :, 0])
-    torch.mul(before - candidate, update * (1 - update), out=at_gates[:, :, 1])
-    torch.mul(at_candidate, reset, out=at_gates[:, :, 2])
-    changes = torch.empty_like(candidate)
-    steps = zip(changes.unbind(), grad_hidden.unbind(), at_gates.unbind(), update.unbind(), strict=True)
-    for change, grad, at_gate, keeps in reversed(list(steps)):
-        torch.add(grad, carried, out=change)
-        at_gate.mul_(change.unsqueeze(1))
-        carried = (change * keeps).addmm_(at_gate.view(num_rows, 3 * num_units), weight)
-    at_inputs = at_gates.clone()
-    torch.mul(changes, at_candidate, out=at_inputs[:, :, 2])  # at the inputs the candidate does not pass the reset gate
-    return at_gates.view(-1, 3 * num_units), at_inputs.view(-1, 3 * num_units), carried
+def _run(gates: Tensor, weights: Tensor, bias: Tensor, hidden: Tensor) -> None:
+    """Turn what the inputs give the gates r, z, n into the gates, and write the states that follow the first.
+
+    What the state gives n, before the reset gate, becomes the fourth of `gates` (4, T, M, H).
+    """
+    both_weights, candidate_weight = weights[:2], weights[2]
+    steps = zip(gates.unbind(1), hidden[:-1].unbind(), hidden[1:].unbind(), strict=True)
+    for gate, before, after in steps:
+        both, candidate, from_state = gate[:2], gate[2], gate[3]
+        both.baddbmm_(before.expand_as(both), both_weights).sigmoid_()
+        torch.addmm(bias, before, candidate_weight, out=from_state)
+        candidate.addcmul_(both[0], from_state).tanh_()
+        torch.lerp(candidate, before, both[1], out=after)
+
+
+def _slopes(gates: Tensor, before: Tensor, *, out: Tensor) -> Tensor:
+    """How h' changes with what enters the gates: (4, T, M, H), for n by way of the inputs, r, z, n by way of the state.
+
+    So the first three belong to the inputs and the last three to the state.
+    """
+    reset, update, candidate, from_state = gates
+    by_inputs, by_reset, by_update, by_state = out
+    torch.sub(before, candidate, out=by_update)
+    _through_sigmoid(by_update, update, grad_input=by_update)
+    torch.sub(1, update, out=by_inputs)
+    _through_tanh(by_inputs, candidate, grad_input=by_inputs)
+    torch.mul(by_inputs, from_state, out=by_reset)
+    _through_sigmoid(by_reset, reset, grad_input=by_reset)
+    torch.mul(by_inputs, reset, out=by_state)
+    return out
+
+
+_through_tanh = torch.ops.aten.tanh_backward.grad_input
+_through_sigmoid = torch.ops.aten.sigmoid_backward.grad_input
+
+
+def _run_back(slopes: Tensor, updates: Tensor, grad_hidden: Tensor, carried: Tensor, weights: Tensor) -> Tensor:
+    """Multiply the slopes by the change of the loss with h', in place; returns its change with the first state."""
+    steps = zip(slopes.unbind(1), updates.unbind(), grad_hidden.unbind(), strict=True)
+    for slope, update, grad in reversed(list(steps)):
+        change = carried.add_(grad)
+        slope.mul_(change)
+        change.mul_(update)
+        for gate, weight in zip(slope[1:].unbind(), weights.unbind(), strict=True):
+            carried.addmm_(gate, weight)
+    return carried
+
+
+def _to_inputs(changes: Tensor, weights: Tensor, *, out: Tensor) -> None:
+    candidate, reset, update = (each.flatten(0, 1) for each in changes[:3].unbind())
+    rows = out.flatten(0, 1)
+    torch.mm(candidate, weights[2], out=rows)
+    rows.addmm_(reset, weights[0]).addmm_(update, weights[1])
+
+
+class _Sums:
+    """The gradients of weights and biases, summed over stretches."""
+
+    def __init__(self, weights_ih: Tensor, weights_hh: Tensor) -> None:
+        self.weights_ih = torch.zeros_like(weights_ih)  # in the order n, r, z
+        self.weights_hh = torch.zeros_like(weights_hh)
+        self.biases = weights_hh.new_zeros(4, 1, weights_hh.shape[1])
+
+    def add(self, changes: Tensor, x: Tensor, before: Tensor) -> None:
+        """Of the changes of the loss with what enters the gates (4, T, M, H), as `_slopes` has them."""
+        changes, x, before = changes.flatten(1, 2), x.flatten(0, 1), before.flatten(0, 1)
+        self.weights_ih.baddbmm_(changes[:3].transpose(1, 2), x.expand(3, *x.shape))
+        self.weights_hh.baddbmm_(changes[1:].transpose(1, 2), before.expand(3, *before.shape))
+        self.biases += changes.sum(dim=1, keepdim=True)
+
+    def gradients(self) -> list[Tensor]:
+        """In the order of the arguments."""
+        in_order = [1, 2, 0]
+        return [
+            self.weights_ih[in_order].flatten(0, 1),
+            self.weights_hh.flatten(0, 1),
+            self.biases[in_order].flatten(),
+            self.biases[1:].flatten(),
+        ]
