@@ -146,6 +146,39 @@ def test_operations_that_were_undone_between_two_syncs_leave_targets_in_step() -
     assert_equal(learner.target, learner.online)
 
 
+def test_an_operation_undone_in_the_online_networks_alone_is_refused_at_the_sync() -> None:
+    learner = lagging_learner()
+    report = operate(learner)
+    surgery.undo(learner.online, report, optimizer=learner.optimizer)
+    with pytest.raises(CheckpointError, match=r"composite.* missing"):
+        copy_online(learner.target, learner.online)
+
+
+def test_the_report_of_mirroring_names_what_was_operated_on_undone_and_moved() -> None:
+    learner = lagging_learner()
+    report = surgery.knife(learner.online, surgery.Random(0.5), optimizer=learner.optimizer)
+    made = surgery.mirror(learner.online, onto=learner.target)
+    assert made.targets[0].made == report.operated
+    assert made.max_moved <= 1e-12
+    again = surgery.mirror(learner.online, onto=learner.target)
+    assert (again.num_units, again.num_taken_back) == (0, 0)
+    assert any("nothing to do" in note for note in again.notes)
+    surgery.undo(learner.online, report, optimizer=learner.optimizer)
+    undone = surgery.mirror(learner.online, onto=learner.target)
+    assert undone.targets[0].taken_back == report.operated
+    assert undone.num_units == 0
+
+
+def test_the_report_says_by_how_much_a_target_moved_that_shares_frozen_rows() -> None:
+    learner = lagging_learner()
+    report = surgery.knife(learner.online, surgery.Random(0.5), optimizer=learner.optimizer)
+    shared = surgery.mirror(learner.online, onto=learner.target, frozen="shared")
+    moved = shared.targets[0].moved
+    assert set(moved) == set(report.operated)
+    assert min(moved.values()) > 1e-6, "each site of the target lags behind"
+    assert any("gave up what they lagged behind" in note for note in shared.notes)
+
+
 Follow = Callable[[nn.Module, nn.Module], None]
 
 
@@ -189,6 +222,23 @@ def test_targets_come_to_the_online_networks_in_the_mode_for_their_update(way: s
         operate(learner, frozen=frozen)
         learn(learner, 2)
         update(learner.target, learner.online)
+    follow(learner, update)
+    assert gap(learner) <= 1e-12
+
+
+@pytest.mark.parametrize("way", FOLLOWING)
+def test_targets_follow_on_where_an_operation_is_undone_after_they_moved(way: str) -> None:
+    learner = lagging_learner()
+    update, frozen = FOLLOWING[way]
+    operate(learner, frozen=frozen)
+    learn(learner, 2)
+    report = operate(learner, frozen=frozen)
+    update(learner.target, learner.online)
+    learn(learner, 2)
+    surgery.undo(learner.online, report, optimizer=learner.optimizer)
+    surgery.mirror(learner.online, onto=learner.target, frozen=frozen)
+    assert list(learner.target.state_dict()) == list(learner.online.state_dict())
+    learn(learner, 2)
     follow(learner, update)
     assert gap(learner) <= 1e-12
 
