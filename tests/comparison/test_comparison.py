@@ -82,10 +82,12 @@ def test_a_network_that_does_not_learn_scores_low(benchmark: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("benchmark", "least"), [("labels", 0.9), ("pixels", 0.6), ("regression", 0.6), ("pole", 0.2)])
+@pytest.mark.parametrize(
+    ("benchmark", "least"), [("labels", 0.95), ("pixels", 0.6), ("regression", 0.55), ("pole", 0.25)]
+)
 def test_a_task_that_is_trained_for_long_is_learned(benchmark: str, least: float) -> None:
     scale = replace(BENCHMARKS[benchmark].scale, num_tasks=1, num_steps=1500)
-    found = run(replace(job(benchmark=benchmark, scale=scale), setting=Setting(1e-3)))
+    found = run(replace(job(benchmark=benchmark, scale=scale), setting=Setting(3e-3)))
     assert found.scores[0] > least
 
 
