@@ -198,6 +198,4 @@ def _frozen(module: nn.Module) -> nn.Module:
             if parameter is not None:
                 del each._parameters[name]
                 each._buffers[name] = frozen.setdefault(id(parameter), parameter.detach().clone())
-        if isinstance(each, nn.RNNBase):
-            each._flat_weights = [getattr(each, name) for name in each._flat_weights_names]
     return module
