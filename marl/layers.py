@@ -92,6 +92,11 @@ class StackedGRUCell(nn.Module):
         reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
         return torch.lerp(torch.tanh(candidate_x + reset * candidate_h), hidden, update)
 
+    def unroll(self, x: Tensor) -> Tensor:
+        """States (R, T, M, H) after each of the inputs (R, T, M, I), from states of zeros."""
+        hidden = x.new_zeros(x.shape[0], x.shape[2], self.weight_hh.shape[-1])
+        return torch.stack([hidden := self(step, hidden) for step in x.unbind(1)], dim=1)
+
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """R products: x (R, ..., I), weight (R, O, I) and bias (R, O) to (R, ..., O)."""

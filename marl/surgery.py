@@ -30,6 +30,9 @@ OPERABLE = {
 }
 """Part -> the modules whose hidden units are operated on."""
 
+Done = surgery.Report | surgery.LayerReport | surgery.Plan
+"""What an operation leaves behind."""
+
 METHODS: dict[str, Callable[..., surgery.Report]] = {"knife": surgery.knife}
 
 CONDITIONS = {
@@ -111,11 +114,11 @@ class Operations:
             self._batch = episodes
             _require_states(episodes, self._sites)
 
-    def step(self) -> surgery.Report | surgery.LayerReport | surgery.Plan | None:
+    def step(self) -> Done | None:
         """Operate if it is time; called after each update."""
         return None if self._schedule is None else self._schedule.step()
 
-    def task_changed(self) -> surgery.Report | surgery.LayerReport | surgery.Plan | None:
+    def task_changed(self) -> Done | None:
         """Say that another task begins, and operate if that is an occasion."""
         return None if self._schedule is None else self._schedule.task_changed()
 

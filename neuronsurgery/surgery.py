@@ -430,7 +430,7 @@ def observe(
         weights: `weights(site, h)` is called for each tensor of activations h that is measured, and returns how much
             its samples count, for activations (`Dormant`) and their gradients (`GraMa`): non-negative numbers or bools,
             shaped as h without its units' axis (an axis of size 1 stands for any), or None where all count the same.
-            What has weight 0, as padding has, may hold anything, also NaN.
+            What has weight 0, as padding has, may hold anything, also NaN. A weight that is not above 0 counts as 0.
 
     Raises:
         EvidenceError: as the model runs, weights that fit no activations.
@@ -505,7 +505,7 @@ class Schedule(Scheduling):
         dry_run: return what would be done, a `Plan`, and leave the model alone.
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
-        method: a function in the manner of `knife`.
+        method: a function in the manner of `knife`: `redo`, `regrama`, `reborn`, `widen`.
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.

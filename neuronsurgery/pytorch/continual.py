@@ -212,7 +212,7 @@ def _outgoing(readers: Sequence[Consumer], place: Place) -> Tensor:
     for each in readers:
         sizes = each.axes.rows(each.weight.detach().abs().float())
         inputs = sizes.reshape(len(sizes), -1)
-        total += inputs.sum(1)[each.columns.to(total.device)].sum(1)
+        total += inputs.sum(1)[each.columns.to(inputs.device)].sum(1).to(total)
         count += inputs.shape[1] * each.columns.shape[1]
     return total / count
 

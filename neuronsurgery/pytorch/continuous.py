@@ -107,7 +107,7 @@ class ContinuousRunner:
             for consumer in readers:
                 columns = consumer.of(units)
                 old = consumer.axes.take(consumer.weight.detach(), columns)
-                share = shares[place.site.name].repeat_interleave(consumer.columns.shape[1])
+                share = shares[place.site.name].repeat_interleave(consumer.columns.shape[1]).to(consumer.weight.device)
                 yield WriteRows(consumer.weight, columns, _towards(old, torch.zeros_like(old), share), consumer.axes)
 
     def state_dict(self) -> dict[str, Any]:

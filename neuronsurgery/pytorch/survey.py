@@ -38,7 +38,7 @@ from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
 
-__all__ = ["FROZEN", "Survey"]
+__all__ = ["FROZEN", "Survey", "modules_around"]
 
 Reach = tuple[nn.Module, str, Read | None, Any]
 """The owner and label of an untraced function, how it reads (None: its source is not to be had), and what it reads."""
@@ -346,7 +346,7 @@ class Survey:
         for scope, use in homes:
             inside |= _between(scope, use.producer)
         scopes = {id(scope) for scope, _ in homes}
-        around = {id(module) for name in self.names_of(weight) for module in _modules_around(self.model, name)}
+        around = {id(module) for name in self.names_of(weight) for module in modules_around(self.model, name)}
         for owner, label, found, target in self.reaching(inside | around | {id(weight)}):
             if found is None and id(target) in inside:
                 return f"used by {label}, whose source is not to be had"
@@ -516,7 +516,7 @@ def _between(scope: nn.Module, producer: str) -> set[int]:
     return inside
 
 
-def _modules_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def modules_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """A module and all those above it, the root included."""
     yield model
     for part in name.split(".") if name else ():
