@@ -67,7 +67,8 @@ class StackedGroupedLinear(nn.Module):
         # one product for all layers and groups, whose result keeps the order of the product: little is moved
         rows = x.flatten(1, -3).transpose(1, 2).flatten(0, 1)
         out = torch.baddbmm(self.bias.flatten(0, 1).unsqueeze(1), rows, self.weight.flatten(0, 1))
-        return out.unflatten(0, self.weight.shape[:2]).transpose(1, 2).unflatten(1, x.shape[1:-2])
+        by_group = out.view(*self.weight.shape[:2], *out.shape[1:])
+        return by_group.transpose(1, 2).reshape(*x.shape[:-1], -1)
 
 
 class StackedGRUCell(nn.Module):
