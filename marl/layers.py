@@ -64,9 +64,11 @@ class StackedGroupedLinear(nn.Module):
         self.bias = _stacked([layer.bias for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(1, -3)
-        out: Tensor = einsum(rows, self.weight, "r m k i, r k i o -> r m k o") + self.bias.unsqueeze(1)
-        return out.reshape(*x.shape[:-1], -1)
+        # one product for all layers and groups, whose result keeps the order of the product: little is moved
+        rows = x.flatten(1, -3).transpose(1, 2).flatten(0, 1)
+        out = torch.baddbmm(self.bias.flatten(0, 1).unsqueeze(1), rows, self.weight.flatten(0, 1))
+        by_group = out.view(*self.weight.shape[:2], *out.shape[1:])
+        return by_group.transpose(1, 2).reshape(*x.shape[:-1], -1)
 
 
 class StackedGRUCell(nn.Module):
