@@ -134,6 +134,7 @@ class Backend(Protocol):
         plan: Plan,
         *,
         optimizer: Any = None,
+        retire: int | None = None,
         init: Any = None,
         verify: Any = None,
         generator: Any = None,
