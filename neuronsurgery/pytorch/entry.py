@@ -14,6 +14,7 @@ from neuronsurgery.evidence import Evidence
 from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
+from neuronsurgery.pytorch.consolidating import consolidate
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.injecting import inject
@@ -40,6 +41,7 @@ __all__ = [
     "check_mirrors",
     "check_source",
     "composites",
+    "consolidate",
     "consumers",
     "discover",
     "inject",
