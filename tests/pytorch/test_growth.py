@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -81,7 +82,7 @@ def test_rows_fade_linearly_and_contribute_nothing_after_so_many_steps(name: str
         train(model, optimizer, 1)
         seen.append(fade_of(model))
     assert seen == [[left] * 4 for left in (0.75, 0.5, 0.25, 0.0)]
-    torch.testing.assert_close(model(X), plain_of(model, norm)(X), atol=1e-7 if norm else 0, rtol=0)
+    torch.testing.assert_close(model(X), plain_of(model, norm)(X), atol=1e-6 if norm else 0, rtol=0)
     train(model, optimizer, 2)
     assert fade_of(model) == [0.0] * 4
 
@@ -212,7 +213,7 @@ def _restored(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimi
 def _copied(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     copied = copy.deepcopy(model)
     other = type(optimizer)(copied.parameters(), lr=0.01)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the counts of steps
     surgery.attach(copied, other)
     return copied, other
 
@@ -415,7 +416,7 @@ def test_merged_rows_stay_within_the_reported_error_on_fresh_data(seed: int) -> 
     fresh = torch.randn(512, 4, generator=generator)
     old, new = before[:2](fresh), model[:2](fresh)
     assert report.sites["0"].merged > 0
-    assert float((new - old).norm() / old.norm()) <= 1.2 * report.sites["0"].error < 0.05
+    assert float(((new - old).norm() / old.norm()).detach()) <= 1.2 * report.sites["0"].error < 0.05
 
 
 def test_a_reference_row_goes_only_once_retired() -> None:
@@ -501,10 +502,9 @@ def test_compiled_code_lasts_for_a_whole_fade() -> None:
     model, optimizer = operated()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter)
-    with torch.no_grad():
-        compiled(X)
-        first = counter.frame_count
-        for _ in range(N):
-            train(model, optimizer, 1)
-            torch.testing.assert_close(compiled(X), model(X))
+    compiled(X)
+    first = counter.frame_count
+    for _ in range(N):
+        train(model, optimizer, 1)
+        torch.testing.assert_close(compiled(X), model(X))
     assert counter.frame_count == first > 0
