@@ -508,3 +508,37 @@ def test_compiled_code_lasts_for_a_whole_fade() -> None:
         train(model, optimizer, 1)
         torch.testing.assert_close(compiled(X), model(X))
     assert counter.frame_count == first > 0
+
+
+# -- for long --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["retire", "consolidate", "neither"])
+def test_a_thousand_operations_stay_within_the_bound_or_are_declined(way: str) -> None:
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    num_operated, sizes = 0, []
+    for operation in range(1000):
+        train(model, optimizer, 2)
+        report = surgery.knife(
+            model,
+            surgery.Units({"0": [operation % 8]}),
+            optimizer=optimizer,
+            retire=6 if way == "retire" else None,
+            verify=X,
+            max_growth=2.0,
+        )
+        num_operated += report.num_units
+        assert report.max_error < 2e-6
+        if way == "consolidate":  # a wide tolerance: these rows do contribute
+            surgery.consolidate(model, optimizer=optimizer, batches=[X], tolerance=0.9)
+        assert surgery.composites(model).num_rows <= 16
+        sizes.append(sum(buffer.numel() for buffer in model.buffers()))
+    assert max(sizes[500:]) <= max(sizes[:500])
+    if way == "retire":
+        assert num_operated == 1000
+    elif way == "neither":
+        assert num_operated == 8
+    else:
+        assert num_operated > 8
