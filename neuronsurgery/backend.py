@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from neuronsurgery.checks import Check
 from neuronsurgery.composites import Composites
+from neuronsurgery.consolidations import Consolidation
 from neuronsurgery.consumers import Consumers
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.layer_reports import LayerReport
@@ -270,6 +271,11 @@ class Backend(Protocol):
         self, params: Any, lr: float, *, weight_decay: float, beta_utility: float, sigma: float, generator: Any = None
     ) -> Any:
         """An optimizer that spares useful weights."""
+
+    def consolidate(
+        self, model: Any, *, mirrors: Any = (), optimizer: Any = None, batches: Any = None, tolerance: float = 1e-3
+    ) -> Consolidation:
+        """Take frozen rows that contribute nothing out of a model and its mirrors, all of them or none."""
 
     def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
         """Put the old weights of an operation's units back."""

@@ -110,9 +110,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sign)
 
-    def extended(
-        self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]], retire: int = 0
-    ) -> Rows:
+    def extended(self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]], retire: int = 0) -> Rows:
         """These rows, and a knowledge and a compensation row for each unit (all knowledge rows first)."""
         chosen = np.asarray(units, np.int64)
         born = np.asarray(births, np.int64).reshape(len(chosen), self.births.shape[1])
@@ -137,6 +135,54 @@ class Rows:
     def can_fade(self) -> bool:
         """Whether any row fades, or has faded."""
         return bool(self.retire.any())
+
+    @property
+    def can_go(self) -> NDArray[np.bool_]:
+        """Mask of the rows that are there for a time only."""
+        return np.asarray(self.retire > 0)
+
+    def pairs(self, *, skip_first: bool = False) -> list[tuple[int, int]]:
+        """Knowledge and compensation rows of one unit that may cancel: an active member before and after an operation.
+
+        Then those of one operation, and a unit's first knowledge with its last compensation row. Units of which a row
+        fades have none; `skip_first`: nor has a unit's first knowledge row.
+
+        Example:
+            >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]]).extended([1], operation=2, births=[[5]])
+            >>> rows.pairs()                     # knowledge rows are 0 and 2, compensation rows 1 and 3
+            [(2, 1), (0, 1), (2, 3), (0, 3)]
+        """
+        unit, place, row = _ranked(self, KNOWLEDGE)
+        owner, _, others = _ranked(self, COMPENSATION)
+        if not len(row) or not np.array_equal(unit, owner):  # no structure that operations leave: it is not for here
+            return []
+        fading = np.isin(unit, self.unit[self.retire > 0])
+        is_first, is_last = place == 0, np.append(unit[1:] != unit[:-1], True)
+        last = others[np.searchsorted(unit, unit, side="right") - 1]
+        across = ~is_first
+        groups = [
+            (row[across & ~fading], others[:-1][across[1:] & ~fading[1:]]),
+            (row[~fading & ~(is_first & skip_first)], others[~fading & ~(is_first & skip_first)]),
+            (row[is_first & ~is_last & ~fading], last[is_first & ~is_last & ~fading]),
+        ]
+        return [(int(k), int(c)) for ks, cs in groups[: 2 if skip_first else 3] for k, c in zip(ks, cs, strict=True)]
+
+    def without(self, dropped: NDArray[np.bool_]) -> Rows:
+        """These rows but those where the mask is true, as many of both signs for each unit.
+
+        What is left of a unit's operations are paired anew, oldest first, as the later of the two operations: as if
+        the active member between them had never been.
+
+        Example:
+            >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]]).extended([1], operation=2, births=[[5]])
+            >>> [(m.role, m.operation) for m in rows.without(np.array([False, True, True, False])).members()]
+            [('knowledge', 2), ('compensation', 2)]
+        """
+        kept = self.kept(~dropped)
+        knowledge, compensation = _ranked(kept, KNOWLEDGE)[2], _ranked(kept, COMPENSATION)[2]
+        for values in (kept.operation, kept.births, kept.retire):
+            values[knowledge] = values[compensation]
+        return kept
 
     def fading_by(self, column: int) -> NDArray[np.bool_]:
         """Mask of the rows whose fade is counted by one parameter's owner: the first that counted at their birth."""

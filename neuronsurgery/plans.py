@@ -100,7 +100,7 @@ def plan(selection: Selection, *, max_growth: float = MAX_GROWTH) -> Plan:
 
 def _with_room(selection: Selection, name: str, max_growth: float) -> tuple[int, ...]:
     site = selection.scores.sites[name]
-    room = max(0, floor(max_growth * site.num_units) - site.num_frozen) // ROWS_PER_OPERATION
+    room = max(0, floor(max_growth * site.num_units) - site.num_frozen + site.num_removable) // ROWS_PER_OPERATION
     chosen, numbers = selection.units[name], selection.scores.first(name)
     if numbers is None:
         return tuple(sorted(chosen)[:room])
@@ -111,5 +111,5 @@ def _why_out(selection: Selection, name: str, num_out: int, max_growth: float) -
     site = selection.scores.sites[name]
     return (
         f"{num_out} of {len(selection.units[name])} selected units stay out: max_growth={max_growth} allows "
-        f"{floor(max_growth * site.num_units)} frozen rows, {site.num_frozen} are live"
+        f"{floor(max_growth * site.num_units)} frozen rows, {site.num_frozen - site.num_removable} are live"
     )

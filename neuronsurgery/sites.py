@@ -38,6 +38,8 @@ class Site(Value):
     """How many units the site holds; for a convolution, its output channels."""
     num_frozen: int = 0
     """How many live frozen rows the site's bank holds now."""
+    num_removable: int = 0
+    """How many of these contribute nothing any more, and go before the bound on growth declines the site."""
 
     def __str__(self) -> str:
         return render("Site", COLUMNS, [_row(self)])

@@ -18,6 +18,7 @@ from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
 from neuronsurgery.combining import Criterion
 from neuronsurgery.composites import Composites, Member
+from neuronsurgery.consolidations import Consolidated, Consolidation
 from neuronsurgery.consumers import Consumers
 from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
@@ -60,6 +61,8 @@ __all__ = [
     "Check",
     "CheckError",
     "Composites",
+    "Consolidated",
+    "Consolidation",
     "Consumers",
     "ContinualBackprop",
     "Criterion",
@@ -108,6 +111,7 @@ __all__ = [
     "attach",
     "check",
     "composites",
+    "consolidate",
     "consumers",
     "discover",
     "knife",
@@ -749,6 +753,56 @@ def operate(
     """
     how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
     return _backend(model).operate(model, plan, **how)
+
+
+def consolidate(
+    model: Any,
+    *,
+    mirrors: Any = (),
+    optimizer: Any = None,
+    batches: Iterable[Any] | None = None,
+    tolerance: float = 1e-3,
+) -> Consolidation:
+    """Take frozen rows that contribute nothing out of a model and its mirrors, in place: all of them, or none.
+
+    By weights alone go rows that have retired, and pairs of equal rows with opposite signs, which are there where an
+    active member never moved between two operations; the output changes by rounding. With `batches=` pairs go too that
+    give nearly the same on these (near-duplicates, and rows that never fire or are constant); the output changes, by
+    what the report says. Where no row is left the bank goes as well: the layer has its original keys, class and speed.
+    The first knowledge row of a unit that a LayerNorm or its kin refers to goes only once retired.
+
+    Args:
+        model: the operated model; wrappers (DDP, compiled modules) are taken off.
+        mirrors: networks with the same structure, one or several; the same rows go from them.
+        optimizer: the model's optimizer, or several: rows that still fade go on with its steps, also where a copy or a
+            resume has lost the hook.
+        batches: an iterable of batches as for `verify=` of `knife`, on which rows are compared in the model's current
+            mode. None: nothing goes by data.
+        tolerance: how far apart two rows' activations may be on the batches to go, as a root mean square relative to
+            that of the layer's units.
+
+    Returns:
+        The report: site by site how many rows went and why, and by how much that moved what.
+
+    Raises:
+        MirrorError: a mirror holds other rows than the model.
+        EquivalenceError: an output moved that must not; nothing was changed.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> report = knife(model, Units({"0": [1, 5]}), optimizer=optimizer, retire=3)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> consolidate(model, optimizer=optimizer).num_rows, list(model.state_dict())
+        (4, ['0.weight', '0.bias', '2.weight', '2.bias'])
+    """
+    return _backend(model).consolidate(
+        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance
+    )
 
 
 def undo(model: Any, report: Report, optimizer: Any = None) -> Report:

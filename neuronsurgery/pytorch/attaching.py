@@ -65,7 +65,8 @@ def resumed(place: Place, optimizers: Sequence[Optimizer]) -> Later:
         yield from _clock_changes(place, optimizers)
         yield FollowClocks(place, optimizers, anew=False)
         yield from _birth_changes(place, optimizers)
-        yield from fades_followed(place, optimizers)
+        if place.bank is not None and place.bank.rows.can_fade:
+            yield from fades_followed(place, optimizers)
 
     return Later(changes)
 

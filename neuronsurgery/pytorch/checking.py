@@ -22,6 +22,7 @@ from neuronsurgery.pytorch.unitwise import along
 __all__ = [
     "MovedOutput",
     "Observed",
+    "allowed_move",
     "SameOutput",
     "check_composite",
     "moved_activations",
@@ -48,7 +49,7 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
-    error, allowed = moved_activations(place, renewed, bank), _allowed(place)
+    error, allowed = moved_activations(place, renewed, bank), allowed_move(place)
     if not error <= allowed:
         raise EquivalenceError(
             f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
@@ -57,7 +58,7 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     return error
 
 
-def _allowed(place: Place) -> float:
+def allowed_move(place: Place) -> float:
     """The tolerance of the weights' dtype; in half precision once more for each norm on the path, which rounds anew."""
     dtype = place.weight.dtype
     norms = sum(isinstance(link, (BatchNorm, Norm)) for link in place.path.links)

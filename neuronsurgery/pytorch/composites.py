@@ -309,7 +309,8 @@ class Composite(nn.Module):
         left = torch.cat([fade.new_ones(self.num_units), fade])[terms]
         shares = left * torch.cat([torch.ones_like(left[:1]), 1 - left[:-1]]).cumprod(0)
         values = values.index_select(axis, terms.reshape(-1)).unflatten(axis, terms.shape)  # type: ignore[no-untyped-call]
-        return (values * shares.reshape(*terms.shape, *[1] * (-axis - 1))).sum(axis - 1)
+        reference: Tensor = (values * shares.reshape(*terms.shape, *[1] * (-axis - 1))).sum(axis - 1)
+        return reference
 
     def together(
         self,

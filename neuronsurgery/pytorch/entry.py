@@ -16,6 +16,7 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.continual import continual_backprop
 from neuronsurgery.pytorch.continuous import ccbp
+from neuronsurgery.pytorch.consolidating import consolidate
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.injecting import inject
@@ -44,6 +45,7 @@ __all__ = [
     "check_mirrors",
     "check_source",
     "composites",
+    "consolidate",
     "consumers",
     "continual_backprop",
     "discover",

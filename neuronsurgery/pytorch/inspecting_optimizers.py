@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from neuronsurgery.checks import Problem
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fading import is_faded_by
 from neuronsurgery.pytorch.inspecting_banks import latest_rows
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sites import Discovery
@@ -72,6 +73,7 @@ def age_problems(discovery: Discovery, optimizers: Sequence[Optimizer]) -> Itera
                 continue
             latest = _births(bank, column)
             yield from _hook_problems(name, slots, slots.parameter, latest, optimizers)
+            yield from _fade_problems(name, bank, column, slots.parameter, optimizers)
             yield from _state_problems(name, place, slots, slots.parameter, list(latest), optimizers)
 
 
@@ -100,6 +102,16 @@ def _hook_problems(
     elif optimizer_state.lacks_corrections(optimizers, parameter, known):
         found = "its young rows are not corrected, and move by several times what a fresh parameter's would"
         yield Problem("step hooks", where, f"{found}: the hooks were lost in a copy or a resume", _ATTACH)
+
+
+def _fade_problems(
+    name: str, bank: Composite, column: int, parameter: nn.Parameter, optimizers: Sequence[Optimizer]
+) -> Iterator[Problem]:
+    """Rows that are to retire, and that no step lets fade."""
+    left = torch.from_numpy(bank.rows.fading_by(column)).to(bank.frozen_weight.device) & (bank.live_fade() > 0)
+    if _owners(parameter, optimizers) and not is_faded_by(bank, optimizers) and bool(left.any()):
+        found = f"{counted(int(left.sum()), 'frozen row')} should retire, and nothing lets them fade"
+        yield Problem("step hooks", name, f"{found}: the hook was lost in a copy or a resume", _ATTACH)
 
 
 def _owners(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> list[Optimizer]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from neuronsurgery.composites import Rows
 from neuronsurgery.errors import ModelError, PlanError, UndoError
-from neuronsurgery.plans import Plan
+from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
@@ -29,6 +29,7 @@ from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.reducing import removable, without
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
@@ -69,7 +70,11 @@ def operate(
     with generator_kept(generator):
         seed = seed_for(generator, operation)
         grafts = [
-            graft(discovery.places[name], units, Operation(operation, optimizers, init, seed, retire or 0))
+            graft(
+                discovery.places[name],
+                units,
+                Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth),
+            )
             for name, units in plan.units.items()
             if units
         ]
@@ -144,6 +149,7 @@ class Operation:
     init: Init | None
     seed: int
     retire: int
+    max_growth: float
 
 
 def graft(place: Place, units: Sequence[int], operation: Operation) -> Graft:
@@ -179,7 +185,7 @@ def _extended_bank(
     place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: Operation, births: list[int]
 ) -> Composite:
     """A bank with a knowledge and a compensation row for each unit appended."""
-    old = place.bank
+    old = _with_room(place, len(units), operation.max_growth)
     structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
         units.tolist(), operation.number, [births] * len(units), operation.retire
     )
@@ -197,6 +203,14 @@ def _extended_bank(
     bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
+
+
+def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | None:
+    """The bank there is; at the bound on growth without the rows that contribute nothing."""
+    bank = place.bank
+    if bank is None or len(bank.rows) + ROWS_PER_OPERATION * num_chosen <= max_growth * place.site.num_units:
+        return bank
+    return without(bank, removable(bank))
 
 
 def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -302,8 +316,8 @@ def check_undo(report: Report, discovery: Discovery) -> None:
             )
         if bool((bank.live_fade()[torch.from_numpy(bank.rows.of_operation(report.operation))] < 1).any()):
             raise UndoError(
-                f"the frozen rows of operation {report.operation} on {name!r} have begun to fade (retire=), and what they "
-                "were is gone with them; load a checkpoint of before"
+                f"the frozen rows of operation {report.operation} on {name!r} have begun to fade (retire=), and "
+                "what they were is gone with them; load a checkpoint of before"
             )
         later = [unit for unit in units if bank.rows.latest()[unit] != report.operation]
         if later:

@@ -16,6 +16,7 @@ from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.products import Product
 from neuronsurgery.pytorch.reading import Reading, modules_of
+from neuronsurgery.pytorch.reducing import removable
 from neuronsurgery.pytorch.swapped import holds_for_others
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 from neuronsurgery.pytorch.uses import Use
@@ -191,6 +192,7 @@ def place_of(
         activation_fn=use.path.name,
         num_units=use.product.axes.num_units(weight.shape),
         num_frozen=len(bank.rows) if isinstance(bank, Composite) else 0,
+        num_removable=int(removable(bank).sum()) if isinstance(bank, Composite) else 0,
     )
     slots = (
         Slots(weight, *owners[0], use.product.axes, is_weight=True),

@@ -28,6 +28,7 @@ from neuronsurgery.pytorch.births import load_births, saved_births
 from neuronsurgery.pytorch.drawing import check_drawing
 from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, Scaling, gradients_of, record_step, tapped
 from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.reducing import removable
 from neuronsurgery.pytorch.sampling import Sampling, Weights
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.sites import Sites
@@ -245,7 +246,11 @@ class Watch:
         rows = self._rows_now()
         return Sites(
             {
-                name: replace(place.site, num_frozen=0 if (own := rows[name]) is None else len(own))
+                name: replace(
+                    place.site,
+                    num_frozen=0 if (own := rows[name]) is None else len(own),
+                    num_removable=0 if place.bank is None else int(removable(place.bank).sum()),
+                )
                 for name, place in self.discovery.places.items()
             },
             self.discovery.declined,
