@@ -6,7 +6,11 @@ mathematics of the update above all, is the same code, so that what is compared 
 replays that are filled before, take turns in one run on one thread, and are measured by the time of the process; what
 is printed are medians of ratios of neighboring turns, with their quartiles.
 
+The environment in plain Python is the reference that the tests compare ours with, which is several times as fast as the
+public one. With a checkout of PyMARL2 (github.com/hijkzzz/pymarl2, Apache-2.0) its environment takes part as well.
+
     python -m benchmarks.training             # predator-prey: steps per second
+    python -m benchmarks.training --public PATH/TO/pymarl2
     python -m benchmarks.training --returns   # the reduced game, to the end: what both ways come to (about 20 minutes)
 """
 
@@ -16,9 +20,13 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,22 +52,24 @@ def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     console = Console()
-    console.print(returns() if "--returns" in sys.argv else throughput("predator_prey"))
+    public = Path(sys.argv[sys.argv.index("--public") + 1]) if "--public" in sys.argv else None
+    console.print(returns() if "--returns" in sys.argv else throughput("predator_prey", public))
 
 
-def throughput(environment: str) -> Table:
+def throughput(environment: str, public: Path | None) -> Table:
     """Steps per second of whole training."""
     columns = ("way", "steps/s", "against the plain loop")
     table = Table(*columns, title=f"QMIX on {environment}, random actions, one thread")
     settings = run_settings("qmix", environment)
-    runs = {
-        "plain loop, an update per episode": (plain_run(settings), 1),
-        "32 side by side, an update per episode": (vectorized_run(settings, episodes_per_update=1), 1),
-        "32 side by side, an update per 32 episodes": (vectorized_run(settings, episodes_per_update=32), 32),
-    }
-    for run, _ in runs.values():
+    runs = {"plain loop, an update per episode": plain_run(settings)}
+    if public is not None:
+        runs["the same in the public environment"] = plain_run(settings)
+        runs["the same in the public environment"].environment = PublicGames(public, settings.tasks.spec)
+    runs["32 side by side, an update per episode"] = vectorized_run(settings, episodes_per_update=1)
+    runs["32 side by side, an update per 32 episodes"] = vectorized_run(settings, episodes_per_update=32)
+    for run in runs.values():
         fill(run)
-    turns = [[turn(run) for run, _ in runs.values()] for _ in track(range(NUM_TURNS + 1))][1:]
+    turns = [[turn(run) for run in runs.values()] for _ in track(range(NUM_TURNS + 1))][1:]
     rates = list(zip(*turns, strict=True))
     for way, rate in zip(runs, rates, strict=True):
         ratios = [mine / plain for mine, plain in zip(rate, rates[0], strict=True)]
@@ -167,6 +177,41 @@ class PlainGames:
         obs = torch.tensor(self.game.obs(), dtype=torch.float32)
         state = torch.tensor(self.game.state(), dtype=torch.float32)
         return Observation(obs[None], state[None], torch.tensor(self.game.avail_actions())[None].bool())
+
+
+class PublicGames:
+    """One episode after the other of PyMARL2's `stag_hunt` with a punishment of -2, run from a checkout of it."""
+
+    def __init__(self, checkout: Path, spec: Spec) -> None:
+        self.batch_size = 1
+        self.spec = replace(spec, obs_dtype=torch.float32, state_dtype=torch.float32)
+        sys.path.insert(0, str(checkout / "src"))
+        sys.modules.setdefault("pygame", ModuleType("pygame"))  # only draws
+        sys.modules["envs"] = package = ModuleType("envs")  # whose own file asks for StarCraft II
+        package.__path__ = [str(checkout / "src/envs")]
+        settings = yaml.safe_load((checkout / "src/config/envs/stag_hunt.yaml").read_text(encoding="utf-8"))
+        stag_hunt = import_module("envs.stag_hunt.stag_hunt")
+        self.game = stag_hunt.StagHunt(**(settings["env_args"] | {"miscapture_punishment": -2}))
+
+    def reset(self, seed: int | None = None) -> Observation:
+        """Begins an episode."""
+        np.random.seed(seed)
+        self.game.reset()
+        return self.observe()
+
+    def step(self, actions: Tensor) -> Outcome:
+        """Takes actions (1, N)."""
+        reward, is_over, info = self.game.step(actions[0])
+        is_cut_off = bool(info.get("episode_limit", False))
+        ends = torch.tensor([is_over and not is_cut_off]), torch.tensor([is_over and is_cut_off])
+        return Outcome(self.observe(), torch.tensor([float(reward)]), *ends)
+
+    def observe(self) -> Observation:
+        """What can be seen."""
+        obs = torch.as_tensor(np.stack(self.game.get_obs()), dtype=torch.float32)
+        state = torch.as_tensor(np.asarray(self.game.get_state()), dtype=torch.float32)
+        available = torch.as_tensor(np.stack(self.game.get_avail_actions())).bool()
+        return Observation(obs[None], state.reshape(1, -1), available[None])
 
 
 if __name__ == "__main__":

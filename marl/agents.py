@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from marl.errors import BatchError, SettingsError
+from marl.recurrence import GRUCell
 
 __all__ = ["NO_ACTION", "Agent", "AgentInputs", "FeedForwardAgent", "InputPart", "RecurrentAgent"]
 
@@ -94,7 +95,11 @@ class AgentInputs:
         if obs.shape[-2:] != (self.num_agents, self.obs_size):
             expected = f"(..., {self.num_agents}, {self.obs_size})"
             raise BatchError(f"asked for observations {expected} (agents, values), found {tuple(obs.shape)}")
-        return torch.cat([self._part(part, obs, last_actions).to(dtype) for part in self.parts], dim=-1)
+        joined = torch.empty(*obs.shape[:-1], self.size, dtype=dtype, device=obs.device)
+        pieces = torch.split(joined, [self.sizes[part] for part in self.parts], dim=-1)
+        for part, piece in zip(self.parts, pieces, strict=True):  # written in place: each is read and cast once
+            piece.copy_(self._part(part, obs, last_actions))
+        return joined
 
     def _part(self, part: InputPart, obs: Tensor, last_actions: Tensor) -> Tensor:
         if part == "obs":
@@ -120,7 +125,7 @@ class RecurrentAgent(Agent):
         self.inputs = inputs
         self.hidden_size = hidden_size
         self.encoder = _hidden_layers(inputs.size, hidden_size, num_input_layers)
-        self.cell = nn.GRUCell(hidden_size, hidden_size)
+        self.cell = GRUCell(hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, inputs.num_actions)
 
     def initial_hidden(self, obs: Tensor) -> Tensor:
@@ -137,10 +142,7 @@ class RecurrentAgent(Agent):
         obs = rearrange(obs, "... b t n o -> ... t b n o")
         last_actions = rearrange(_last_actions(actions), "... b t n -> ... t b n")
         features = self.encoder(self.inputs.join(obs, last_actions, self.head.weight.dtype))
-        features = rearrange(features, "... t b n h -> ... t (b n) h")
-        hidden = torch.zeros_like(features[..., 0, :, :])
-        after_each = [hidden := self.cell(step, hidden) for step in features.unbind(-3)]
-        values = self.head(torch.stack(after_each, dim=-3))
+        values = self.head(self.cell.unroll(rearrange(features, "... t b n h -> ... t (b n) h")))
         agent_qs: Tensor = rearrange(values, "... t (b n) a -> ... b t n a", n=self.inputs.num_agents)
         return agent_qs
 

@@ -68,7 +68,7 @@ def read(folder: Path) -> Checkpoint:
     try:
         state = torch.load(path, weights_only=True)
         version = state["version"]
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, IndexError) as error:
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint of a run: train anew, or use a copy") from error
     if version != VERSION:
         raise CheckpointError(

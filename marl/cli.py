@@ -9,7 +9,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +16,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from marl.errors import CheckpointError, MarlError, MissingExtraError
+from marl.errors import MarlError, MissingExtraError
 
 if TYPE_CHECKING:
-    from marl.checkpoints import Checkpoint
     from marl.configuring import Layer
     from marl.run import Run
     from marl.run_settings import RunSettings
+    from marl.sessions import Session
 
 __all__ = ["app"]
 
@@ -46,7 +45,9 @@ def train(
     environment: Annotated[
         str | None, typer.Option(help="By name, or matrix_game:knife,qtran for payoffs that follow each other.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="What is done to worn-out units: none, knife.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="What is done to worn-out units, as knife; none only measures.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="pymarl, reborn or pymarl2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the environment, in each task.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all random numbers.")] = None,
@@ -72,7 +73,9 @@ def train(
     with _errors_in_one_line():
         _set_threads(threads)
         layers = _layers(settings, named, assigned or [])
-        session = _resumed(layers, output) if resume else _begun(layers, output)
+        from marl import sessions
+
+        session = (sessions.resume if resume else sessions.begin)(layers, output)
         if show_settings:
             _show(session.settings)
         else:
@@ -86,7 +89,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of the games.")] = 0,
     threads: Threads = 1,
 ) -> None:
-    """Play greedily with what a run has learned: the mean return, where it lies with 95 % confidence, and the length."""
+    """Play greedily with what a run has learned: the mean return, its 95 % interval, and the length."""
     with _errors_in_one_line():
         _set_threads(threads)
         from marl.checkpoints import load
@@ -121,27 +124,6 @@ def play(
 # -- what is trained
 
 
-@dataclass(frozen=True)
-class _Session:
-    """What is to be trained, and where it is saved."""
-
-    settings: RunSettings
-    output: Path
-    checkpoint: Checkpoint | None = None
-    """What it goes on from."""
-
-    def run(self) -> Run:
-        from marl.checkpoints import NAME
-        from marl.run import make_run
-
-        if self.checkpoint is not None:
-            return self.checkpoint.run(self.settings)
-        if (self.output / NAME).exists():
-            found = f"{self.output} holds a run already"
-            raise CheckpointError(f"{found}: go on with it by --resume, or choose another folder by --output")
-        return make_run(self.settings)
-
-
 def _layers(file: Path | None, named: dict[str, Any], assigned: list[str]) -> list[Layer]:
     from marl.configuring import assignments, nested, read_file
 
@@ -150,34 +132,13 @@ def _layers(file: Path | None, named: dict[str, Any], assigned: list[str]) -> li
     return [*layers, *assignments(assigned)]
 
 
-def _begun(layers: list[Layer], output: Path | None) -> _Session:
-    from marl.configuring import configure
-
-    settings = configure(*layers)
-    return _Session(settings, output or _default_output(settings))
-
-
-def _resumed(layers: list[Layer], output: Path | None) -> _Session:
-    from marl.checkpoints import read
-    from marl.configuring import configure, to_dict
-
-    output = output or _default_output(configure(*layers))
-    checkpoint = read(output)
-    return _Session(configure(to_dict(checkpoint.settings), *layers), output, checkpoint)
-
-
-def _default_output(settings: RunSettings) -> Path:
-    tasks = "+".join(task.name for task in settings.tasks.tasks)
-    return Path("results") / f"{settings.algorithm}-{tasks}-{settings.surgery.method}-{settings.seed}"
-
-
 def _show(settings: RunSettings) -> None:
     from marl.configuring import to_yaml
 
     typer.echo(to_yaml(settings), nl=False)
 
 
-def _train(session: _Session, *, tensorboard: bool) -> None:
+def _train(session: Session, *, tensorboard: bool) -> None:
     """Train to the end or to Ctrl-C, with everything that is logged."""
     from marl.checkpoints import Saves, save
     from marl.logs import open_logs, progress_bar, table_of

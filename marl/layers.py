@@ -64,9 +64,11 @@ class StackedGroupedLinear(nn.Module):
         self.bias = _stacked([layer.bias for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(1, -3)
-        out: Tensor = einsum(rows, self.weight, "r m k i, r k i o -> r m k o") + self.bias.unsqueeze(1)
-        return out.reshape(*x.shape[:-1], -1)
+        # one product for all layers and groups, whose result keeps the order of the product: little is moved
+        rows = x.flatten(1, -3).transpose(1, 2).flatten(0, 1)
+        out = torch.baddbmm(self.bias.flatten(0, 1).unsqueeze(1), rows, self.weight.flatten(0, 1))
+        by_group = out.view(*self.weight.shape[:2], *out.shape[1:])
+        return by_group.transpose(1, 2).reshape(*x.shape[:-1], -1)
 
 
 class StackedGRUCell(nn.Module):
@@ -91,6 +93,11 @@ class StackedGRUCell(nn.Module):
         reset_h, update_h, candidate_h = _linear(hidden, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
         reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
         return torch.lerp(torch.tanh(candidate_x + reset * candidate_h), hidden, update)
+
+    def unroll(self, x: Tensor) -> Tensor:
+        """States (R, T, M, H) after each of the inputs (R, T, M, I), from states of zeros."""
+        hidden = x.new_zeros(x.shape[0], x.shape[2], self.weight_hh.shape[-1])
+        return torch.stack([hidden := self(step, hidden) for step in x.unbind(1)], dim=1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

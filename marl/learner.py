@@ -205,7 +205,25 @@ def _make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSetti
     owned = list(parameters)
     if settings.kind == "adam":
         return torch.optim.Adam(owned, lr=learning_rate, eps=epsilon, fused=True)
-    return torch.optim.RMSprop(owned, lr=learning_rate, alpha=settings.alpha, eps=epsilon)
+    optimizer = torch.optim.RMSprop(owned, lr=learning_rate, alpha=settings.alpha, eps=epsilon)
+    keep_roots_fast(optimizer)
+    return optimizer
+
+
+def keep_roots_fast(optimizer: Optimizer) -> None:
+    """Keep the second moments of RMSprop above zero, in each step, by less than its epsilon can tell.
+
+    Weights behind units that never fire have moments of exactly zero, of which MKL takes a root 20 times as long.
+    """
+    if isinstance(optimizer, torch.optim.RMSprop):
+        optimizer.register_step_pre_hook(_raise_second_moments)
+
+
+@torch.no_grad()
+def _raise_second_moments(optimizer: Optimizer, *_: Any) -> None:
+    for state in optimizer.state.values():
+        moment: Tensor = state["square_avg"]
+        moment.clamp_(min=4 * torch.finfo(moment.dtype).tiny)  # after the step's decay it is still a normal number
 
 
 def _summary(estimates: Estimates, mask: Tensor, grad_norm: Tensor) -> Update:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -180,8 +181,8 @@ def steps_done(run: Run) -> int:
 
 
 SHOWN = (
-    *("steps", "task", "updates", "epsilon", "train/return", "test/return", "test/standard_error", "learner/loss"),
-    *("agent/stagnant", "mixer/stagnant", "surgery/operations", "surgery/units"),
+    *("steps", "task", "epsilon", "train/return", "test/return", "learner/loss"),
+    *("agent/stagnant", "mixer/stagnant", "surgery/units"),
 )
 """Columns of the table; the log has more."""
 
@@ -189,10 +190,18 @@ SHOWN = (
 def table_of(records: Sequence[Record], *, num_last: int = 10) -> Table:
     """The last records, for people."""
     last = records[-num_last:]
-    table = Table(title=f"last {len(last)} of {len(records)} records")
+    table = Table(
+        title=f"last {len(last)} of {len(records)} records",
+        box=SIMPLE,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
     columns = [name for name in SHOWN if any(name in record for record in last)]
+    if len({record.get("task") for record in last}) < 2:
+        columns = [name for name in columns if name != "task"]
     for name in columns:
-        table.add_column(name, justify="left" if name == "task" else "right")
+        table.add_column(name.replace("/", "/\n"), justify="left" if name == "task" else "right")
     for record in last:
         table.add_row(*(_cell(record.get(name, "")) for name in columns))
     return table

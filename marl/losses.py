@@ -35,10 +35,13 @@ def values_of(agent_qs: Tensor, actions: Tensor) -> Tensor:
 def best_values(agent_qs: Tensor, avail_actions: Tensor) -> Tensor:
     """Each agent's best value among its available actions: (..., N, A) and a mask (..., N, A) to (..., N).
 
+    Where nothing is available, as beyond the end of an episode, it is that of action 0.
+
     >>> best_values(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, False, True]]))
     tensor([2.])
     """
-    return values_of(agent_qs, greedy_actions(agent_qs, avail_actions))
+    best = agent_qs.masked_fill(~avail_actions, -torch.inf).amax(dim=-1)  # several times as fast as an argmax
+    return torch.where(best == -torch.inf, agent_qs[..., 0], best)
 
 
 def td_lambda_targets(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Frame", "save_gif", "watch"]
 
-LETTER_WIDTH, LETTER_HEIGHT, MARGIN = 10, 18, 10
+WIDTH, HEIGHT, MARGIN = 10, 18, 10
+"""Of a letter's cell, and around all; pixels."""
 MILLISECONDS = 300
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
-"""Of capital letters, so that those who live on a grid are told apart."""
+"""Of capital letters: those who live on a grid."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +79,40 @@ def save_gif(frames: Iterable[Frame], path: Path) -> None:
     Raises:
         MissingExtraError: Pillow is not installed.
     """
-    texts = [str(frame).splitlines() for frame in frames]
-    num_letters, num_lines = max(len(line) for lines in texts for line in lines), max(map(len, texts))
-    images = [_drawn(lines, num_letters, num_lines) for lines in texts]
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=MILLISECONDS, loop=0)
+    pictured = list(frames)
+    canvas = _Canvas.for_frames(pictured)
+    first, *others = [canvas.draw(frame) for frame in pictured]
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=MILLISECONDS, loop=0)
 
 
-def _drawn(lines: Sequence[str], num_letters: int, num_lines: int) -> Image:
-    """Lines as a picture; each letter has a cell of its own, so that grids stay grids in any font."""
-    try:
-        from PIL import Image, ImageDraw
-    except ImportError as error:
-        raise MissingExtraError.of("pillow") from error
-    size = (2 * MARGIN + num_letters * LETTER_WIDTH, 2 * MARGIN + num_lines * LETTER_HEIGHT)
-    image = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(image)
-    for row, line in enumerate(lines):
-        for column, letter in enumerate(line):
-            place = (MARGIN + column * LETTER_WIDTH, MARGIN + row * LETTER_HEIGHT)
-            draw.text(place, letter, fill=COLORS[ord(letter) % len(COLORS)] if letter.isupper() else "black")
-    return image
+@dataclass(frozen=True)
+class _Canvas:
+    """What all pictures of an episode share; each letter has a cell of its own, so that grids are grids in any font."""
+
+    columns: int
+    rows: int
+    colors: Mapping[str, str]
+
+    @classmethod
+    def for_frames(cls, frames: Sequence[Frame]) -> _Canvas:
+        lines = [line for frame in frames for line in str(frame).splitlines()]
+        kinds = sorted({letter for frame in frames for letter in frame.picture if letter.isupper()})
+        colors = {letter: COLORS[number % len(COLORS)] for number, letter in enumerate(kinds)}
+        return cls(max(map(len, lines)), 1 + max(len(frame.picture.splitlines()) for frame in frames), colors)
+
+    def draw(self, frame: Frame) -> Image:
+        try:
+            from PIL import Image, ImageDraw
+        except ImportError as error:
+            raise MissingExtraError.of("pillow") from error
+        image = Image.new("RGB", (2 * MARGIN + self.columns * WIDTH, 2 * MARGIN + self.rows * HEIGHT), "white")
+        draw = ImageDraw.Draw(image)
+        caption, *lines = str(frame).splitlines()
+        draw.text((MARGIN, MARGIN), caption, fill="black")
+        for row, line in enumerate(lines, start=1):
+            for column, letter in enumerate(line):
+                x, y = MARGIN + column * WIDTH, MARGIN + row * HEIGHT
+                if letter in self.colors:
+                    draw.rectangle((x, y, x + WIDTH - 1, y + HEIGHT - 2), fill=self.colors[letter])
+                draw.text((x + 2, y + 2), letter, fill="white" if letter in self.colors else "black")
+        return image

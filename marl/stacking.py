@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from marl.errors import SettingsError
 from marl.layers import GroupedLinear, StackedGroupedLinear, StackedGRUCell, StackedLinear
-from marl.learner import Learner
+from marl.learner import Learner, keep_roots_fast
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -94,6 +94,7 @@ def stack_optimizers(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Pa
         SettingsError: the optimizers took different numbers of steps.
     """
     optimizer = type(optimizers[0])(parameters, **optimizers[0].defaults)
+    keep_roots_fast(optimizer)
     owned = [[parameter for group in each.param_groups for parameter in group["params"]] for each in optimizers]
     for parameter, *seeds in zip(parameters, *owned, strict=True):
         states = [each.state.get(seed, {}) for each, seed in zip(optimizers, seeds, strict=True)]

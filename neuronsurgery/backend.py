@@ -20,6 +20,7 @@ from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
 from neuronsurgery.reports import Report
 from neuronsurgery.sites import Sites
+from neuronsurgery.stepping import Runner
 
 __all__ = ["Backend", "Watch"]
 
@@ -172,6 +173,40 @@ class Backend(Protocol):
         generator: Any = None,
     ) -> Report:
         """Give the units of a plan shares of the work of donors, all of it or nothing."""
+
+    def continual_backprop(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        rate: float,
+        maturity: int,
+        decay: float,
+        sites: Sequence[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> Runner:
+        """Replace the least useful units little by little."""
+
+    def ccbp(
+        self,
+        model: Any,
+        optimizer: Any,
+        *,
+        rate: float,
+        every: int,
+        decay: float,
+        sharpness: float,
+        sites: Sequence[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> Runner:
+        """Move all units towards fresh ones, the less useful the faster."""
+
+    def widen(
+        self, model: Any, plan: Plan, *, optimizer: Any = None, verify: Any = None, generator: Any = None
+    ) -> Report:
+        """Split the units of a plan in two, all of it or nothing."""
 
     def reset(
         self,

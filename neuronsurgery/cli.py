@@ -1,4 +1,4 @@
-"""The command line: `neuronsurgery demo`.
+"""The command line: `neuronsurgery demo`, and `neuronsurgery compare-methods`.
 
 What needs torch, scikit-learn or matplotlib is imported inside the command, so that `--help` and `--version`
 answer at once and work without the extra `demo`.
@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from neuronsurgery.comparison.planning import Comparison
+    from neuronsurgery.comparison.running import Run as ComparedRun
     from neuronsurgery.demo.arms import ArmName
     from neuronsurgery.demo.digits import Experiment
     from neuronsurgery.demo.run import OnTask, Run
@@ -74,11 +76,75 @@ def demo(
         console.print(text, markup=False, highlight=False)
 
 
+@app.command("compare-methods")
+def compare_methods(
+    method: Annotated[list[str] | None, typer.Option(help="One to compare; several times for several. All.")] = None,
+    benchmark: Annotated[list[str] | None, typer.Option(help="One to compare on; as above. All.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that count.")] = 10,
+    tuning_seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting that a method is tuned over.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; 1 stays in this one.")] = 2,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Where runs, table and figure go.")] = Path(
+        "results/methods"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Small: shows that it runs, not what comes out.")] = False,
+) -> None:
+    """Compare all methods on tasks that keep changing, each tuned with the same budget.
+
+    What has run before with the same settings is read from its file: stopped, it goes on where it was.
+    """
+    _require_extra()
+    from neuronsurgery.comparison.planning import compare, num_runs
+    from neuronsurgery.comparison.showing import page, save_figure
+
+    console = Console(soft_wrap=True)
+    comparison = _comparison(quick, method, benchmark, seeds, tuning_seeds)
+    with _counted(console, num_runs(comparison)) as on_run:
+        outcome = compare(comparison, out / "runs", num_workers=workers, on_run=on_run)
+    found = page(outcome)
+    (out / "methods.md").write_text(found, encoding="utf-8")
+    save_figure(outcome, out / "methods.png")
+    for text in (found, f"table: {out / 'methods.md'}", f"figure: {out / 'methods.png'}"):
+        console.print(text, markup=False, highlight=False)
+
+
+def _comparison(
+    is_quick: bool, methods: list[str] | None, benchmarks: list[str] | None, num_seeds: int, num_tuning_seeds: int
+) -> Comparison:
+    """Returns what is to be compared; exits where there is no such method or benchmark."""
+    from neuronsurgery.comparison.planning import Comparison
+
+    asked = {"arms": methods, "benchmarks": benchmarks}
+    named = {name: tuple(dict.fromkeys(values)) for name, values in asked.items() if values}
+    small = {"shrink": 20, "num_settings": 1} if is_quick else {}
+    try:
+        return Comparison(num_seeds=num_seeds, num_tuning_seeds=num_tuning_seeds, **named, **small)  # type: ignore[arg-type]
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
+
+
+@contextmanager
+def _counted(console: Console, number: int) -> Iterator[Callable[[ComparedRun], None]]:
+    """Shows a bar, where there is a terminal, and a line for each run that ends."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("runs", total=number)
+
+        def on_run(run: ComparedRun) -> None:
+            progress.advance(bar)
+            job, setting = run.job, run.job.setting
+            tuned = f"{setting.rate:g}, {setting.value:g}"
+            done = f"{run.score:.3f} in {run.seconds:.0f} s"
+            console.print(f"{job.benchmark}, {job.arm} ({tuned}), seed {job.seed}: {done}", highlight=False)
+
+        yield on_run
+
+
 def _require_extra() -> None:
     """Exits with what to install where the packages of the extra `demo` are missing."""
-    missing = [name for name in ("sklearn", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("sklearn", "matplotlib", "gymnasium") if find_spec(name) is None]
     if missing:
-        typer.echo(f"the demonstration needs {' and '.join(missing)}: pip install 'neuronsurgery[demo]'", err=True)
+        typer.echo(f"this command needs {' and '.join(missing)}: pip install 'neuronsurgery[demo]'", err=True)
         raise typer.Exit(code=1)
 
 

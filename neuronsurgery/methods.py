@@ -1,8 +1,8 @@
 """The registry of methods: what each changes, whether the output stays, what it costs, and where it comes from.
 
 People choose a method by comparing. Those that choose units take a model and a criterion as `knife` does, those that
-concern whole layers a model alone; both serve a `Schedule`. What tells them apart is a row here. The page `docs/methods.md` is made of them (`make methods`); a test
-holds it, and the defaults, to them.
+concern whole layers a model alone; both serve a `Schedule`. What tells them apart is a row here. The page
+`docs/methods.md` is made of them (`make methods`); a test holds it, and the defaults, to them.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ _ROWS = (
         needs_consumers=True,
         source="ReDo: Sokar et al. 2023",
         defaults={"criterion": "dormant"},
-        deviations="weights and biases are drawn by the layer's own initializer; Adam's bias correction starts anew "
-        "for what was written, and for nothing else",
+        deviations="the threshold is 0.025, where published runs have 0, 0.025 or 0.1; weights and biases are drawn by "
+        "the layer's own initializer; Adam's bias correction starts anew for what was written, and for nothing else",
     ),
     Method(
         name="regrama",
@@ -84,6 +84,39 @@ _ROWS = (
         defaults={"criterion": REBORN, "over_active": 3.0, "per_donor": 5, "scale": (0.3, 0.8)},
         deviations="on all sites, not on a mixer alone; optimizer state of what was written is a fresh one's; declined "
         "behind norms",
+    ),
+    Method(
+        name="widen",
+        changes="nothing of what is there but outgoing weights, of which a copy of the unit takes a part",
+        preserves="yes",
+        grows="one unit for each that is split, all of it trained",
+        needs_consumers=True,
+        source="Net2WiderNet: Chen et al. 2016",
+        deviations="outgoing weights are shared out at random, not equally, so that no noise is needed; units may be "
+        "chosen by a criterion",
+    ),
+    Method(
+        name="ContinualBackprop",
+        changes="as redo, the least useful unit when one is due; its mean effect is added to its consumers' biases",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="Dohare et al. 2024, as its code has it (contribution utility)",
+        defaults={"rate": 1e-4, "maturity": 100, "decay": 0.99},
+        deviations="any optimizer, corrected; fractions of units accumulate; no bias is corrected behind a maximum, a "
+        "nonlinear function, a norm, or by a grouped convolution",
+    ),
+    Method(
+        name="CCBP",
+        changes="incoming weights and biases move towards a fresh draw, outgoing ones towards zero, by a share that "
+        "falls with gradient",
+        preserves="no",
+        grows="no",
+        needs_consumers=True,
+        source="the formula alone, as a package has it",
+        defaults={"rate": 0.015, "every": 1000, "decay": 0.99, "sharpness": 16.0},
+        deviations="not known, and chosen here: biases move as weights do, each move draws anew, running means are "
+        "corrected for where they started",
     ),
     Method(
         name="reset",

@@ -50,18 +50,21 @@ from neuronsurgery.scores import Scores, over
 from neuronsurgery.scores import score as _score
 from neuronsurgery.selection import COOLDOWN, Selection, select
 from neuronsurgery.sites import Site, Sites
+from neuronsurgery.stepping import Stepping
 from neuronsurgery.triggers import EVERY_STEP, Every, Last, Plateau, Share, TaskChange, Trigger
 
 if TYPE_CHECKING:
     from neuronsurgery.backend import Backend
 
 __all__ = [
+    "CCBP",
     "Check",
     "CheckError",
     "Composites",
     "Consolidated",
     "Consolidation",
     "Consumers",
+    "ContinualBackprop",
     "Criterion",
     "CriterionError",
     "Dormant",
@@ -133,6 +136,7 @@ __all__ = [
     "spectral_regularizer",
     "undo",
     "upgd",
+    "widen",
 ]
 
 
@@ -327,6 +331,48 @@ def reborn(
     return _backend(model).reborn(model, chosen, donors, scale=scale, per_donor=per_donor, **how)
 
 
+def widen(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+    *,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Split the chosen units in two, so that their layers are wider and the output stays (Net2Net, Chen et al. 2016).
+
+    A new unit copies the incoming weights, and a random part of each outgoing weight is its own. Parameters stay the
+    same objects and grow, as their state in the optimizer does; what is new has the state of fresh weights. It is the
+    control for capacity. What knows sizes from elsewhere (a view written out, DDP, a saved state) does not follow.
+
+    Args:
+        model: as for `redo`.
+        criterion: the units to split; `Random(0.25)` is the paper's way.
+        evidence: as for `redo`.
+        optimizer: the optimizer of the model, or several; without it, one that exists will fail at its next step.
+        sites: as for `redo`.
+        verify: a batch on which the whole model is compared before and after, in its current mode.
+        generator: as for `redo`.
+
+    Raises:
+        EquivalenceError: the output on the `verify` batch moved; everything was put back.
+        SurgeryError: another of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(16, 4)
+        >>> before = model(x)
+        >>> report = widen(model, Random(0.25), verify=x)
+        >>> model[0].out_features, bool(torch.allclose(model(x), before, atol=1e-6))
+        (10, True)
+    """
+    chosen, _ = _planned(model, criterion, evidence=evidence, sites=sites, verify=verify, generator=generator)
+    return _backend(model).widen(model, chosen, optimizer=optimizer, verify=verify, generator=generator)
+
+
 def consumers(model: Any, *, include: Collection[str] = ()) -> Consumers:
     """Find which layers read the units of each site, and for which sites that cannot be shown, with the reason.
 
@@ -392,7 +438,7 @@ def observe(
         weights: `weights(site, h)` is called for each tensor of activations h that is measured, and returns how much
             its samples count, for activations (`Dormant`) and their gradients (`GraMa`): non-negative numbers or bools,
             shaped as h without its units' axis (an axis of size 1 stands for any), or None where all count the same.
-            What has weight 0, as padding has, may hold anything, also NaN.
+            What has weight 0, as padding has, may hold anything, also NaN. A weight that is not above 0 counts as 0.
 
     Raises:
         EvidenceError: as the model runs, weights that fit no activations.
@@ -467,7 +513,7 @@ class Schedule(Scheduling):
         dry_run: return what would be done, a `Plan`, and leave the model alone.
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
-        method: a function in the manner of `knife`.
+        method: a function in the manner of `knife`: `redo`, `regrama`, `reborn`, `widen`.
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.
@@ -522,7 +568,7 @@ class Schedule(Scheduling):
     ) -> None:
         wanted = None if criterion is None else as_criterion(criterion)
         settings = Settings(wanted, operate, look, cooldown, max_units, max_share)
-        names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        names = _names(sites)
         if isinstance(wanted, Units):
             names = list(dict.fromkeys(_forced(names, wanted)))
         backend = _backend(model)
@@ -541,6 +587,117 @@ class Schedule(Scheduling):
         arguments = {name: value for name, value in given.items() if value is not None}
         act = Act(method, arguments, wanted is not None, verify, dry_run, on_report, follow)
         super().__init__(model, backend, watch, settings, act)
+
+
+class ContinualBackprop(Stepping):
+    """Replace the least useful units little by little (continual backpropagation, Dohare et al. 2024).
+
+    Call `step` after each optimizer step. A unit's utility is a running mean of its absolute activation times the mean
+    size of its outgoing weights. Of the units that are mature, a share `rate` is due at each step; when a whole unit
+    is, that of least utility is drawn anew and silenced as by `redo`, and what it handed on in the mean is added to its
+    consumers' biases. Activations are measured in passes that build a graph.
+
+    Args:
+        model: the model that trains; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several; what is written gets the state of fresh weights. None: left as it is.
+        rate: the share of a site's mature units that is replaced at each step.
+        maturity: for how many steps a unit is left alone after it was replaced.
+        decay: of the running means.
+        sites: names of the only sites to consider. None: all whose consumers are known.
+        init: as for `knife`. None: `torch.nn.init.kaiming_uniform_` for ReLUs, biases zero.
+        generator: as for `redo`; its state becomes part of this one's.
+
+    Raises:
+        CriterionError: numbers out of range.
+        SiteError: no site whose consumers are known, or a named one that is none.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> replacing = ContinualBackprop(model, optimizer, rate=0.05, maturity=5)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     report = replacing.step()
+        >>> replacing.num_units
+        5
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        rate: float = 1e-4,
+        maturity: int = 100,
+        decay: float = 0.99,
+        sites: Iterable[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> None:
+        settings: dict[str, Any] = {"rate": rate, "maturity": maturity, "decay": decay}
+        _require_rates(rate=rate, decay=decay)
+        if maturity < 0:
+            raise CriterionError(f"maturity is {maturity}; it is a number of steps and must be >= 0")
+        how = {"sites": _names(sites), "init": init, "generator": generator}
+        super().__init__(_backend(model).continual_backprop(model, optimizer, **settings, **how), settings)
+
+
+class CCBP(Stepping):
+    """Move every unit towards a fresh one all the time, those of little gradient faster (CCBP).
+
+    Call `step` after each optimizer step, before gradients are zeroed. A unit's utility u is the mean size of its
+    incoming weights' gradient relative to its layer's mean, as a running mean. Every so many steps its incoming weights
+    and bias move towards a fresh draw by the share `rate * sigmoid(-sharpness (u - 1))`, its outgoing weights towards
+    zero by the same. Optimizer state is left as it is.
+
+    Args:
+        model: the model that trains; wrappers (DDP, compiled modules) are taken off.
+        optimizer: its optimizer, or several, to check that it owns the model's parameters.
+        rate: the largest share.
+        every: how many steps lie between two moves.
+        decay: of the running means.
+        sharpness: how fast the share falls with utility.
+        sites: names of the only sites to consider. None: all whose consumers are known.
+        init: as for `knife`.
+        generator: as for `redo`; its state becomes part of this one's.
+
+    Raises:
+        CriterionError: numbers out of range.
+        SiteError: no site whose consumers are known, or a named one that is none.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> moving = CCBP(model, optimizer, every=1)
+        >>> model(torch.randn(16, 4)).square().mean().backward()
+        >>> optimizer.step()
+        >>> moving.step().num_units
+        8
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        rate: float = 0.015,
+        every: int = 1000,
+        decay: float = 0.99,
+        sharpness: float = 16.0,
+        sites: Iterable[str] | None = None,
+        init: Any = None,
+        generator: Any = None,
+    ) -> None:
+        settings: dict[str, Any] = {"rate": rate, "every": every, "decay": decay, "sharpness": sharpness}
+        _require_rates(rate=rate, decay=decay)
+        if every < 1:
+            raise CriterionError(f"every is {every}; it is a number of steps and must be >= 1")
+        how = {"sites": _names(sites), "init": init, "generator": generator}
+        super().__init__(_backend(model).ccbp(model, optimizer, **settings, **how), settings)
 
 
 def score(
@@ -1169,7 +1326,7 @@ def _selected(
 ) -> Selection:
     """The units that a criterion chooses now; `cooldown` in steps of the optimizer beside it."""
     backend = _backend(model)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    names = _names(sites)
     found = backend.discover(model, include=_forced(names, wanted), example=example)
     if names is not None:
         found = found.subset(names)
@@ -1194,7 +1351,7 @@ def _planned(
 ) -> tuple[Plan, Selection]:
     """The plan of a method that writes outgoing weights; sites that the user named must have consumers."""
     wanted = as_criterion(criterion)
-    names = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    names = _names(sites)
     selection = _selected(model, wanted, evidence=evidence, sites=names, example=verify, generator=generator)
     if named := _forced(names, wanted):
         _backend(model).consumers(model, include=named).require(named)
@@ -1204,6 +1361,15 @@ def _planned(
 def _forced(names: list[str] | None, criterion: Criterion) -> list[str]:
     """The sites that the user named: in `sites=`, or unit by unit."""
     return [*(names or []), *(criterion.units if isinstance(criterion, Units) else [])]
+
+
+def _names(sites: Iterable[str] | None) -> list[str] | None:
+    return None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+
+
+def _require_rates(*, rate: float, decay: float) -> None:
+    if not 0 < rate <= 1 or not 0 <= decay < 1:
+        raise CriterionError(f"rate={rate} is a share, above 0 and at most 1, and decay={decay} at least 0 and below 1")
 
 
 def _require_reborn(over_active: float, per_donor: int, scale: tuple[float, float]) -> None:

@@ -19,7 +19,7 @@ from tests.architecture import Module, read_package
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "neuronsurgery"
-DEMO = (f"{PACKAGE}.demo",)  # may import what the extra `demo` installs
+DEMO = (f"{PACKAGE}.demo", f"{PACKAGE}.comparison")  # may import what the extra `demo` installs
 
 
 def declared(*extras: str) -> set[str]:
@@ -67,7 +67,7 @@ def test_every_declared_dependency_is_imported() -> None:
     assert declared("demo") - imported == set()
 
 
-@pytest.mark.parametrize("extra", ["demo", "dev", "docs", "zoo"])
+@pytest.mark.parametrize("extra", ["demo", "dev", "docs", "marl", "zoo"])
 def test_every_requirement_is_pinned(extra: str) -> None:
     assert declared(extra) - pinned() == set()
 

@@ -17,7 +17,7 @@ from neuronsurgery.demo.arms import ARMS, ArmName, Intervention
 from neuronsurgery.demo.digits import Experiment, Task, stream, tasks
 from neuronsurgery.demo.networks import build_network, num_frozen_rows, num_stored_weights
 
-__all__ = ["Job", "Network", "OnTask", "Run", "run"]
+__all__ = ["Job", "Network", "OnTask", "Run", "run", "small_network_arithmetic"]
 
 OnTask = Callable[[ArmName], None]
 """Called after each task of a run."""
@@ -68,7 +68,7 @@ def run(job: Job, on_task: OnTask = lambda arm: None) -> Run:
     >>> run(job).network
     Network(num_units=8, num_frozen=0, num_weights=754)
     """
-    with _small_network_arithmetic():
+    with small_network_arithmetic():
         model = build_network(job.num_units, job.seed)
         optimizer = Adam(model.parameters(), lr=job.experiment.learning_rate, fused=True)
         intervene = ARMS[job.arm].prepare(model, optimizer, stream(job.seed, "surgery"))
@@ -112,7 +112,7 @@ def _accuracy(model: nn.Module, task: Task) -> float:
 
 
 @contextmanager
-def _small_network_arithmetic() -> Iterator[None]:
+def small_network_arithmetic() -> Iterator[None]:
     """Computes in one thread, whatever the machine has, and without denormal numbers.
 
     For small networks that is fastest: Adam's moments of dead units become denormal numbers, on which a wide

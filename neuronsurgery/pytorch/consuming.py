@@ -8,13 +8,15 @@ units), or where the graph ends, the outgoing weights are not the unit's alone o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.hooks import forbids_inlining, may_change_input
 from neuronsurgery.pytorch.layouts import Layout, Passed
 from neuronsurgery.pytorch.links import UnitFunction
 from neuronsurgery.pytorch.mirroring import original_class, submodule
@@ -24,7 +26,7 @@ from neuronsurgery.pytorch.producers import Multiplication, multiplication_at, s
 from neuronsurgery.pytorch.products import Convolution, Linear
 from neuronsurgery.pytorch.reading import Reading
 from neuronsurgery.pytorch.recognition import canonical_name, is_metadata
-from neuronsurgery.pytorch.survey import Survey
+from neuronsurgery.pytorch.survey import Survey, modules_around
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 from neuronsurgery.pytorch.uses import Use
 
@@ -35,21 +37,30 @@ __all__ = ["Consumer", "consumers_of"]
 class Consumer:
     """A parameter that reads a site: `columns`, (num_units, entries) int64, are those of each unit under `axes`.
 
-    `axes` number what the parameter reads, as a producer's axes number its units. `bias`: what the same layer adds.
-    `passed`: what the activations pass on their way here; `is_fixed`: sizes are written out in the code on that way.
+    `axes` number what the parameter reads, as a producer's axes number its units; `layout` says where the units are
+    among it, with no count open. `bias`: what the same layer adds.
     """
 
     name: str
     weight: nn.Parameter
     axes: UnitAxes
-    columns: Tensor
+    layout: Layout
     bias: nn.Parameter | None
-    passed: Passed
-    is_fixed: bool = False
+
+    @functools.cached_property
+    def columns(self) -> Tensor:
+        """The columns of each unit."""
+        return self.layout.places()
+
+    @property
+    def passed(self) -> Passed:
+        """What the activations pass on their way here."""
+        return self.layout.passed
 
     def of(self, units: Tensor) -> Tensor:
         """The columns of some units, one after the other, (num_taken * entries,)."""
-        return self.columns.to(units.device).index_select(0, units).flatten()
+        device = self.weight.device
+        return self.columns.to(device).index_select(0, units.to(device)).flatten()
 
 
 def consumers_of(survey: Survey, place: Place) -> tuple[Consumer, ...] | str:
@@ -57,7 +68,7 @@ def consumers_of(survey: Survey, place: Place) -> tuple[Consumer, ...] | str:
     if reason := _why_not_apart(place):
         return reason
     entries = [entry for entry in survey.by_weight[id(place.weight)] if not survey.is_superseded(entry)]
-    followed = Following(survey)
+    followed = Following(survey, place)
     for reading, method, use in entries:
         if reason := followed.follow(reading, method, use, place.site.num_units):
             return reason
@@ -84,9 +95,11 @@ class Following:
     """Follows the activations of one site to their consumers; each reason is the first found."""
 
     survey: Survey
+    place: Place
     pending: list[Value] = field(default_factory=list)
     found: dict[int, Consumer] = field(default_factory=dict)  # id of a weight -> what reads
     calls: set[fx.Node] = field(default_factory=set)
+    entries: dict[int, set[fx.Node]] = field(default_factory=dict)  # id of a module entered -> the calls of it
 
     def follow(self, reading: Reading, method: str, use: Use, num_units: int) -> str:
         """Follow one use of the site; "" if all that reads it was found."""
@@ -143,7 +156,7 @@ class Following:
         if isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return self.recurrent(path, module, node, user, layout)
         reading = self.survey.readings.get(id(module))
-        if reading is not None:
+        if reading is not None and not forbids_inlining(module):
             return self.entered(reading, node, user, layout)
         return self.passed(scope, user, past(user, node, scope, layout, self.width))
 
@@ -158,6 +171,7 @@ class Following:
             if not inner:
                 return f"it enters '{user.target}' in a way that cannot be followed"
             self.pending += [(reading.scope, each, layout) for each in inner]
+        self.entries.setdefault(id(reading.scope), set()).add(user)
         return ""
 
     def left(self, scope: nn.Module, node: fx.Node, output: fx.Node, layout: Layout, method: str) -> str:
@@ -189,6 +203,8 @@ class Following:
         name = self.name_of(scope, call)
         if isinstance(call.product, str):
             return f"its consumer '{name}' cannot be written: {call.product}"
+        if user.op == "call_module" and may_change_input(submodule(scope, call.producer)):
+            return f"a hook on its consumer '{name}' may change what that reads"
         if call.computed is not None:
             return f"the weight of its consumer '{name}' is computed, from parameters that other units share"
         axes = _input_axes(call.product)
@@ -203,6 +219,8 @@ class Following:
         """The gates of a recurrent layer read it, through their weights for inputs; both directions do."""
         if user.args[:1] != (node,) or node in user.args[1:] or node in user.kwargs.values() or layout.axis != -1:
             return f"it enters '{path}' otherwise than as its input"
+        if may_change_input(module):
+            return f"a hook on its consumer '{path}' may change what that reads"
         names = [name for name in module._parameters if name in _RECURRENT]
         weights: list[tuple[str, Any, Any]] = [
             (name, module._parameters[name], module._parameters.get(name.replace("weight", "bias"))) for name in names
@@ -213,17 +231,18 @@ class Following:
         return self.counted(user)
 
     def noted(self, name: str, weight: nn.Parameter, axes: UnitAxes, bias: nn.Parameter | None, layout: Layout) -> str:
-        columns = layout.columns(axes.num_units(weight.shape))
-        if isinstance(columns, str):
-            return f"its consumer '{name}' reads {columns}"
-        if isinstance(reason := self.unwritable(name, weight), str) and reason:
+        settled = layout.settled(axes.num_units(weight.shape))
+        if isinstance(settled, str):
+            return f"its consumer '{name}' reads {settled}"
+        if reason := self.unwritable(name, weight):
             return reason
         known = self.found.get(id(weight))
-        if known is not None and not torch.equal(known.columns, columns):
-            return f"its consumer '{name}' reads it in two places"
-        passed = layout.passed if known is None else max(known.passed, layout.passed)
-        is_fixed = layout.is_fixed or (known is not None and known.is_fixed)
-        self.found[id(weight)] = Consumer(name, weight, axes, columns, bias, passed, is_fixed)
+        if known is not None:
+            if not torch.equal(known.columns, settled.places()):
+                return f"its consumer '{name}' reads it in two places"
+            is_fixed = settled.is_fixed or known.layout.is_fixed
+            settled = replace(settled.past(known.passed), is_fixed=is_fixed)
+        self.found[id(weight)] = Consumer(name, weight, axes, settled, bias)
         return ""
 
     def unwritable(self, name: str, weight: nn.Parameter) -> str:
@@ -247,6 +266,10 @@ class Following:
 
     def complete(self) -> tuple[Consumer, ...] | str:
         """The consumers, if their weights read nothing else."""
+        for key, calls in self.entries.items():
+            for caller, call in self.survey.callers.get(key, ()):
+                if call not in calls:
+                    return f"'{call.target}', which reads it, is called in {original_class(caller).__name__} with more"
         for consumer in self.found.values():
             if reason := self.other_inputs(consumer):
                 return reason
@@ -265,9 +288,21 @@ class Following:
             callers = [call for owner, _ in owners for _, call in survey.callers.get(id(owner), ())]
             if any(call not in self.calls for call in callers):
                 return f"its consumer '{consumer.name}' is called with another input too"
-            return ""
-        reason = survey.other_role(weight, owners) or survey.other_way_in(weight, owners, entries)
+            reason = self.other_callers(weight)
+            return f"its consumer '{consumer.name}' is {reason}" if reason else ""
+        reason = survey.other_role(weight, owners) or self.other_callers(weight)
         return f"the weight of its consumer '{consumer.name}' has another role: {reason}" if reason else ""
+
+    def other_callers(self, weight: nn.Parameter) -> str:
+        """A function that was not traced and uses a consumer apart from the site may give it another input."""
+        survey = self.survey
+        around_site, around = (
+            {id(module): module for name in survey.names_of(each) for module in modules_around(survey.model, name)}
+            for each in (self.place.weight, weight)
+        )
+        apart = {id(weight), *(set(around) - set(around_site))}
+        found = (label for _, label, _, target in survey.reaching(apart) if id(target) in apart)
+        return next((f"used by {label}" for label in found), "")
 
 
 _RECURRENT = ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih")

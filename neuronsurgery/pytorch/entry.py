@@ -15,6 +15,8 @@ from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.consolidating import consolidate
+from neuronsurgery.pytorch.continual import continual_backprop
+from neuronsurgery.pytorch.continuous import ccbp
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.injecting import inject
@@ -31,18 +33,21 @@ from neuronsurgery.pytorch.sites import discover as survey
 from neuronsurgery.pytorch.state import accept, restore
 from neuronsurgery.pytorch.upgd import UPGD
 from neuronsurgery.pytorch.watching import ages_of, watch
+from neuronsurgery.pytorch.widening import widen
 from neuronsurgery.sites import Sites
 
 __all__ = [
     "accept",
     "ages",
     "attach",
+    "ccbp",
     "check",
     "check_mirrors",
     "check_source",
     "composites",
     "consolidate",
     "consumers",
+    "continual_backprop",
     "discover",
     "inject",
     "l2",
@@ -64,6 +69,7 @@ __all__ = [
     "undo",
     "upgd",
     "watch",
+    "widen",
 ]
 
 

@@ -32,7 +32,7 @@ from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights, sums_by_unit
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
-from neuronsurgery.pytorch.taps import listening
+from neuronsurgery.pytorch.taps import Sink, listening
 from neuronsurgery.pytorch.transaction import run
 
 __all__ = [
@@ -41,8 +41,10 @@ __all__ = [
     "Scaling",
     "check_source",
     "evidence_of_gradients",
+    "by_unit",
     "example_outputs",
     "gradients_of",
+    "heard",
     "observe",
     "probe",
     "record_step",
@@ -300,6 +302,13 @@ def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, sampling: Sam
     sinks = {
         id(place.weight): SiteSink(name, place, evidence, clock, sampling) for name, place in discovery.learning.items()
     }
+    with heard(discovery, sinks):
+        yield
+
+
+@contextmanager
+def heard(discovery: Discovery, sinks: Mapping[int, Sink]) -> Iterator[None]:
+    """Let sinks hear the activations of sites, by the ids of their weights, for as long as the context is open."""
     try:
         with listening(sinks):
             _rewrite(discovery)
@@ -332,11 +341,11 @@ class SiteSink:
         h.register_hook(lambda gradient: self.add_gradient(gradient.detach(), axes, weights))  # type: ignore[no-untyped-call]
 
     def add(self, h: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
-        total, count = sums_by_unit(_by_unit(self.place, h.abs(), axes), weights)
+        total, count = sums_by_unit(by_unit(self.place, h.abs(), axes), weights)
         self._count(total, count, Quantity.ACTIVATION)
 
     def add_gradient(self, gradient: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
-        total, count = sums_by_unit(_by_unit(self.place, gradient.abs(), axes), weights)
+        total, count = sums_by_unit(by_unit(self.place, gradient.abs(), axes), weights)
         total = Scaling.of_scaler(self.sampling.scaler, total.device).unscaled(total)
         self._count(total, count, Quantity.ACTIVATION_GRADIENT)
 
@@ -346,7 +355,7 @@ class SiteSink:
         self.evidence.record_samples(self.name, total, torch.where(counts, count, 0), quantity)
 
 
-def _by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
+def by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The activations of each unit, (num_units, num_samples), of those that have their units on these axes."""
     return h.movedim(axes, tuple(range(len(axes)))).reshape(place.site.num_units, -1)
 

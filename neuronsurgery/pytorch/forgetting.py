@@ -8,8 +8,10 @@ keeps counts for all its parameters together, all rows are made fresh one by one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,19 +55,40 @@ def _forgotten(optimizer: Optimizer, group: Group, parameters: Sequence[nn.Param
     known = [one for one in parameters if optimizer.state.get(one)]
     if not known:
         return
-    numbers = _numbers_at_the_start(optimizer, group)
-    if numbers and len(parameters) == len(group["params"]):
-        yield from (SetItem(group, key, value) for key, value in numbers.items())
-    elif numbers or not _starts_anew(optimizer, group) or any(COPIES & set(optimizer.state[one]) for one in known):
+    counts = _counts_of(optimizer)
+    is_whole = len(parameters) == len(group["params"])
+    has_copies = any(COPIES & set(optimizer.state[one]) for one in known)
+    if has_copies or (counts and not is_whole) or not _starts_anew(optimizer, group, counts, is_whole):
         for one in known:
             yield from _all_rows_fresh(optimizer, one)
         return
     for one in known:
         if optimizer in CORRECTIONS and one in CORRECTIONS[optimizer].young:
             yield RemoveItem(CORRECTIONS[optimizer].young, one)
-        state = scratch_optimizer(optimizer, group, nn.Parameter(one.detach().clone())).state
+        state = _new(optimizer, group, counts, one.detach()).state
         first = next(iter(state.values()), None)
         yield SetItem(optimizer.state, one, first) if first else RemoveItem(optimizer.state, one)
+    for key, value in _counts_at_first(optimizer, group, counts).items():
+        yield RemoveItem(group, key) if value is None else SetItem(group, key, value)
+
+
+def _counts_of(optimizer: Optimizer) -> frozenset[str]:
+    """The names of what is counted in a group, for all of its parameters together."""
+    family = family_of(optimizer)
+    shared = None if family is None else family.shared
+    return frozenset() if shared is None else frozenset(shared.group)
+
+
+def _counts_at_first(optimizer: Optimizer, group: Group, counts: Collection[str]) -> dict[str, Any]:
+    """The counts that a group has, as they were before the first step; None: not there."""
+    first = _new(optimizer, group, counts, torch.zeros(1, 1)).param_groups[0]
+    return {key: first.get(key) for key in counts if key in group}
+
+
+def _new(optimizer: Optimizer, group: Group, counts: Collection[str], *weights: Tensor) -> Optimizer:
+    """An optimizer of the same class and settings that has not stepped, on copies of the weights."""
+    settings = {key: value for key, value in group.items() if key not in counts}
+    return scratch_optimizer(optimizer, settings, *(nn.Parameter(each.clone()) for each in weights))
 
 
 def _all_rows_fresh(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[Change]:
@@ -86,53 +109,75 @@ def _all_rows(parameter: Tensor) -> Tensor:
     return torch.arange(len(parameter), device=parameter.device)
 
 
-def _numbers_at_the_start(optimizer: Optimizer, group: Group) -> dict[str, float]:
-    """What the group counts for all its parameters together, as it was before the first step."""
-    family = family_of(optimizer)
-    shared = None if family is None else family.shared
-    return {} if shared is None else {key: type(group[key])(at(0, group)) for key, at in shared.group.items()}
-
-
 # -- a trial ---------------------------------------------------------------------------------------------------------
 
 
-def _starts_anew(optimizer: Optimizer, group: Group) -> bool:
-    """Whether a parameter whose state is dropped is updated as in a new optimizer, its neighbors as before."""
+def _starts_anew(optimizer: Optimizer, group: Group, counts: frozenset[str], is_whole: bool) -> bool:
+    """Whether what has lost its state is updated as in a new optimizer, and all else as before, numbers included.
+
+    `is_whole`: all parameters of a group lose it, and the group its counts; else one of two does.
+    """
     try:
         with random_states_kept([]), torch.enable_grad():
-            torch.manual_seed(0)
-            weights, gradients = torch.randn(2, 3, 2), torch.randn(6, 2, 3, 2) + 0.5
-            kept, _ = _steps(optimizer, group, weights, gradients, is_dropped=False)
-            others, dropped = _steps(optimizer, group, weights, gradients, is_dropped=True)
-            _, fresh = _steps(optimizer, group, weights, gradients[3:], is_dropped=False)
+            generator = torch.Generator().manual_seed(0)
+            weights = torch.randn(2, 3, 2, generator=generator)
+            gradients = torch.randn(6, 2, 3, 2, generator=generator) + 0.5
+            trial = functools.partial(_Trial, optimizer, group, counts, weights)
+            kept, fresh, dropped = trial(), trial(), trial()
+            kept.step(gradients)
+            fresh.step(gradients[3:])
+            dropped.step(gradients[:3])
+            dropped.drop([0, 1] if is_whole else [1])
+            dropped.step(gradients[3:])
     except Exception:
         return False
-    return torch.equal(kept, others) and torch.equal(dropped, fresh)
+    others, numbers = (fresh, fresh) if is_whole else (kept, kept)
+    is_apart = torch.equal(dropped.weights(0), others.weights(0)) and dropped.numbers() == numbers.numbers()
+    return is_apart and torch.equal(dropped.weights(1), fresh.weights(1))
 
 
-def _steps(
-    optimizer: Optimizer, group: Group, weights: Tensor, gradients: Tensor, *, is_dropped: bool
-) -> tuple[Tensor, Tensor]:
-    """Step on two scratch parameters; before the last three steps the second is overwritten, and its state dropped."""
-    one, other = nn.Parameter(weights[0].clone()), nn.Parameter(weights[1].clone())
-    scratch = scratch_optimizer(optimizer, group, one, other)
-    scratch.param_groups[0]["lr"] = torch.as_tensor(0.1) if isinstance(group.get("lr"), Tensor) else 0.1
-    for place, (given, given_other) in enumerate(gradients):
-        if is_dropped and place == len(gradients) - 3:
-            other.data.copy_(weights[1])
-            _drop(scratch, other, group)
-        one.grad, other.grad = given.clone(), given_other.clone()
-        own_step(type(optimizer))(scratch)
-    return one.detach(), other.detach()
+class _Trial:
+    """Two scratch parameters under an optimizer of a class and its settings, with its own kernels."""
 
+    def __init__(self, optimizer: Optimizer, group: Group, counts: frozenset[str], weights: Tensor) -> None:
+        self.begin = functools.partial(_new, optimizer, group, counts)
+        self.cls, self.counts, self.first = type(optimizer), counts, weights
+        self.optimizer = self.begin(*weights)
+        settings = self.optimizer.param_groups[0]
+        settings["lr"] = torch.as_tensor(0.1) if isinstance(group.get("lr"), Tensor) else 0.1
+        settings |= {key: group[key] for key in ("foreach", "fused") if key in group}
 
-def _drop(optimizer: Optimizer, parameter: nn.Parameter, group: Group) -> None:
-    state = scratch_optimizer(optimizer, group, nn.Parameter(parameter.detach().clone())).state
-    first = next(iter(state.values()), None)
-    if first:
-        optimizer.state[parameter] = first
-    else:
-        optimizer.state.pop(parameter, None)
+    def step(self, gradients: Tensor) -> None:
+        for given in gradients:
+            for parameter, own in zip(self.optimizer.param_groups[0]["params"], given, strict=True):
+                parameter.grad = own.clone()
+            own_step(self.cls)(self.optimizer)
+
+    def drop(self, places: Sequence[int]) -> None:
+        """Overwrite parameters, and leave the optimizer without what it knew of them."""
+        group = self.optimizer.param_groups[0]
+        first = self.begin(*self.first)
+        for place in places:
+            parameter, beginner = group["params"][place], first.param_groups[0]["params"][place]
+            parameter.data.copy_(self.first[place])
+            self.optimizer.state.pop(parameter, None)
+            if first.state.get(beginner):
+                self.optimizer.state[parameter] = first.state[beginner]
+        if len(places) == len(group["params"]):
+            for key in self.counts & set(group):
+                if key in first.param_groups[0]:
+                    group[key] = first.param_groups[0][key]
+                else:
+                    del group[key]
+
+    def weights(self, place: int) -> Tensor:
+        found: Tensor = self.optimizer.param_groups[0]["params"][place].detach()
+        return found
+
+    def numbers(self) -> dict[str, float]:
+        """What the group holds beside settings that are no numbers."""
+        group = self.optimizer.param_groups[0].items()
+        return {key: float(one) for key, one in group if isinstance(one, (int, float, Tensor)) and key != "params"}
 
 
 # -- banks, and copies of the weights --------------------------------------------------------------------------------

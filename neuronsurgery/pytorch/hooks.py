@@ -18,7 +18,15 @@ from torch import fx, nn
 
 from neuronsurgery.errors import SurgeryError
 
-__all__ = ["forbids_inlining", "has_hooks", "is_hook_call", "may_change_output", "run_hooks", "run_pre_hooks"]
+__all__ = [
+    "forbids_inlining",
+    "has_hooks",
+    "is_hook_call",
+    "may_change_input",
+    "may_change_output",
+    "run_hooks",
+    "run_pre_hooks",
+]
 
 _CONTAINERS = (list, dict, set, collections.deque)
 _FILLING = frozenset("append appendleft add update extend insert __setitem__".split())

@@ -59,18 +59,11 @@ class Layout:
 
     def columns(self, total: int) -> Tensor | str:
         """For each unit, which entries of an axis of `total` are its own, (num_units, entries), or why that is open."""
-        found = self._settled(total)
-        if isinstance(found, str):
-            return found
-        outer, inner, before, after, lead = found
-        block = before + self.num_units + after
-        first = (torch.arange(outer) * block)[:, None, None] * inner
-        unit = (before + torch.arange(self.num_units))[None, :, None] * inner
-        places = lead + first + unit + torch.arange(inner)[None, None, :]
-        return places.movedim(0, 1).reshape(self.num_units, -1)
+        found = self.settled(total)
+        return found if isinstance(found, str) else found.places()
 
-    def _settled(self, total: int) -> tuple[int, int, int, int, int] | str:
-        """The counts outer, inner, before, after and lead, the one that is open found by the total."""
+    def settled(self, total: int) -> Layout | str:
+        """The same with no count open, or why `total` entries do not settle them."""
         names = ("outer", "inner", "before", "after", "lead", "tail")
         known = {name: getattr(self, name) for name in names}
         open_names = [name for name in names if known[name] is None]
@@ -78,10 +71,33 @@ class Layout:
             return f"how {total} entries are shared out between its units and what they were joined with is not known"
         for name in open_names:
             known[name] = self._solved(name, known, total)
-        outer, inner, before, after, lead, tail = (known[name] for name in names)
-        if None in known.values() or lead + outer * (before + self.num_units + after) * inner + tail != total:
+        if None in known.values() or (found := replace(self, **known)).total != total:
             return f"{total} entries do not fit its {self.num_units} units"
-        return outer, inner, before, after, lead
+        return found
+
+    @property
+    def total(self) -> int:
+        """How many entries the axis has, once no count is open."""
+        outer, inner, before, after, lead, tail = self._counts
+        return lead + outer * (before + self.num_units + after) * inner + tail
+
+    def places(self) -> Tensor:
+        """For each unit, which entries are its own, (num_units, entries), once no count is open."""
+        outer, inner, before, after, lead, _ = self._counts
+        first = (torch.arange(outer) * (before + self.num_units + after))[:, None, None] * inner
+        unit = (before + torch.arange(self.num_units))[None, :, None] * inner
+        found = lead + first + unit + torch.arange(inner)[None, None, :]
+        return found.movedim(0, 1).reshape(self.num_units, -1)
+
+    @property
+    def _counts(self) -> tuple[int, int, int, int, int, int]:
+        outer, inner, before, after, lead, tail = (
+            *(self.outer, self.inner, self.before, self.after),
+            *(self.lead, self.tail),
+        )
+        assert outer is not None and inner is not None and before is not None
+        assert after is not None and lead is not None and tail is not None
+        return outer, inner, before, after, lead, tail
 
     def _solved(self, name: str, known: dict[str, int | None], total: int) -> int | None:
         """The one count that makes the total right; None where there is none."""

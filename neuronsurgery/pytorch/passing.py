@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx, nn
 
+from neuronsurgery.pytorch.hooks import may_change_input, may_change_output
 from neuronsurgery.pytorch.layouts import Layout, Passed
 from neuronsurgery.pytorch.lookahead import is_of_parameters
 from neuronsurgery.pytorch.mirroring import original_class, submodule
@@ -64,6 +65,8 @@ def _past_module(node: fx.Node, value: fx.Node, scope: nn.Module, layout: Layout
     label = f"'{path}' ({original_class(module).__name__})"
     if node.args != (value,) or node.kwargs or "forward" in vars(module):
         return f"it enters {label} in a way that cannot be followed"
+    if may_change_input(module) or may_change_output(module):
+        return f"a hook on {label} may change what its units pass on"
     if isinstance(module, nn.Flatten):
         return layout.flattened(module.start_dim, module.end_dim)
     for kinds, dims, passed in _POOLS:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from neuronsurgery.consumers import Consumers
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
-from neuronsurgery.pytorch.checking import MovedOutput
+from neuronsurgery.pytorch.checking import MovedOutput, SameOutput
 from neuronsurgery.pytorch.consuming import Consumer, consumers_of
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
 from neuronsurgery.pytorch.models import check_model, unwrap
@@ -30,7 +30,7 @@ from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.reports import Report
 
-__all__ = ["Subject", "column_changes", "consumers", "prepared", "reported", "reset_units", "seed_of"]
+__all__ = ["Subject", "column_changes", "consumers", "prepared", "reported", "reset_units", "seed_of", "silenced"]
 
 Optimizers = tuple[Optimizer, ...]
 
@@ -71,12 +71,17 @@ def reset_units(
             fresh, drawn = draw(place, units, init, seed)
             changes += slot_changes(place, units, fresh, subject.optimizers)
             notes += drawn
-        for _, units, readers in subject.sites():
-            for consumer in readers:
-                columns = consumer.of(units)
-                silent = torch.zeros_like(consumer.axes.take(consumer.weight.detach(), columns))
-                changes += column_changes(consumer, columns, silent, subject.optimizers)
+        changes += silenced(subject)
         return reported(replace(subject, notes=(*subject.notes, *dict.fromkeys(notes))), changes, verify)
+
+
+def silenced(subject: Subject) -> Iterator[Change]:
+    """Zero the outgoing weights of all units of a subject."""
+    for _, units, readers in subject.sites():
+        for consumer in readers:
+            columns = consumer.of(units)
+            silent = torch.zeros_like(consumer.axes.take(consumer.weight.detach(), columns))
+            yield from column_changes(consumer, columns, silent, subject.optimizers)
 
 
 # -- what all of them share ------------------------------------------------------------------------------------------
@@ -183,27 +188,29 @@ def column_changes(consumer: Consumer, columns: Tensor, values: Tensor, optimize
         yield from optimizer_state.births(optimizers, weight, columns, [step] * len(columns), axes)
 
 
-def reported(
-    subject: Subject, changes: Sequence[Change], verify: Any, errors: Mapping[str, float] | None = None
-) -> Report:
-    """Make the changes and return the record of them; a batch tells by how much the output moved."""
+def reported(subject: Subject, changes: Sequence[Change], verify: Any, same: Sequence[SameOutput] = ()) -> Report:
+    """Make the changes and return the record of them; a batch tells by how much the output moved.
+
+    `same`: where it must not move, the check of that instead.
+    """
     before = num_weights(subject.model)
-    check = None if verify is None else MovedOutput(subject.model, verify)
-    record = functools.partial(_record, subject, before, check, errors or {})
-    return run([*changes, *([check] if check else [])], record)
+    checks: list[MovedOutput | SameOutput] = [*same]
+    if verify is not None:
+        checks.append(MovedOutput(subject.model, verify))
+    return run([*changes, *checks], functools.partial(_record, subject, before, checks))
 
 
-def _record(subject: Subject, before: int, check: MovedOutput | None, errors: Mapping[str, float]) -> Report:
+def _record(subject: Subject, before: int, checks: Sequence[MovedOutput | SameOutput]) -> Report:
     return Report(
         operation=0,
         operated=subject.plan.units,
         declined=subject.plan.declined,
-        errors=errors,
+        errors={},
         plan=subject.plan,
         parameters_before=before,
         parameters_after=num_weights(subject.model),
         notes=subject.notes,
-        verified=check is not None,
-        model_error=None if check is None else check.error,
+        verified=bool(checks),
+        model_error=checks[0].error if checks else None,
         method=subject.method,
     )

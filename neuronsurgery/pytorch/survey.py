@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.pytorch.chains import chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.hooks import forbids_inlining
+from neuronsurgery.pytorch.injected import Injected
 from neuronsurgery.pytorch.leftovers import leftovers, why_swapped
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
@@ -37,7 +38,7 @@ from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
 
-__all__ = ["FROZEN", "Survey"]
+__all__ = ["FROZEN", "Survey", "modules_around"]
 
 Reach = tuple[nn.Module, str, Read | None, Any]
 """The owner and label of an untraced function, how it reads (None: its source is not to be had), and what it reads."""
@@ -289,6 +290,8 @@ class Survey:
             if reading is not None and reading.failure is not None:
                 return str(reading.failure)
             label = original_class(ancestor).__name__
+            if isinstance(ancestor, Injected):
+                return "part of a module that plasticity_injection added copies to"
             if isinstance(ancestor, nn.MultiheadAttention):
                 return "fused attention"
             if depth < len(parts) and is_torch(ancestor) and not isinstance(ancestor, CONTAINERS):
@@ -343,7 +346,7 @@ class Survey:
         for scope, use in homes:
             inside |= _between(scope, use.producer)
         scopes = {id(scope) for scope, _ in homes}
-        around = {id(module) for name in self.names_of(weight) for module in _modules_around(self.model, name)}
+        around = {id(module) for name in self.names_of(weight) for module in modules_around(self.model, name)}
         for owner, label, found, target in self.reaching(inside | around | {id(weight)}):
             if found is None and id(target) in inside:
                 return f"used by {label}, whose source is not to be had"
@@ -513,7 +516,7 @@ def _between(scope: nn.Module, producer: str) -> set[int]:
     return inside
 
 
-def _modules_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+def modules_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """A module and all those above it, the root included."""
     yield model
     for part in name.split(".") if name else ():

@@ -24,6 +24,7 @@ from neuronsurgery.composites import Rows
 from neuronsurgery.errors import OptimizerError, ScheduleError
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
+from neuronsurgery.pytorch.births import load_births, saved_births
 from neuronsurgery.pytorch.drawing import check_drawing
 from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, Scaling, gradients_of, record_step, tapped
 from neuronsurgery.pytorch.models import unwrap
@@ -32,7 +33,7 @@ from neuronsurgery.pytorch.sampling import Sampling, Weights
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.sites import Sites
 
-__all__ = ["Watch", "ages_of", "watch"]
+__all__ = ["Watch", "ages_of", "common_generator", "process_group", "watch"]
 
 
 def watch(
@@ -77,9 +78,9 @@ def watch(
             f"no optimizer owns the weight of any of the {len(places)} sites ({', '.join(places)}): nothing of them "
             "trains, so nothing can be measured; pass the optimizer that trains them"
         )
-    group = _process_group(model)
+    group = process_group(model)
     if group is not None and generator is None:
-        generator = _common_generator(group, next(inner.parameters()).device)
+        generator = common_generator(group, next(inner.parameters()).device)
     found = Discovery(inner, places, found.declined)
     return Watch(found, optimizers, frozenset(needs), Surroundings(generator, sampling, group))
 
@@ -165,9 +166,25 @@ class Watch:
 
     def restart(self) -> None:
         """Forget what was measured; a window that is open goes on with its first step."""
+        self._follow_sizes()
         self.evidence.forget_all()
         self._clock.step = 0
         self._rows = self._rows_now()
+
+    def _follow_sizes(self) -> None:
+        """Look at the model anew where a method has made its layers wider."""
+        places = self.discovery.places
+        if all(each.product.axes.num_units(each.weight.shape) == each.site.num_units for each in places.values()):
+            return
+        is_tapped = self.is_open and bool(self.needs & ACTIVATIONS)
+        self._taps.close()
+        found = discover(self.discovery.model, include=list(places))
+        kept = {name: found.places[name] for name in places if name in found.places}
+        self.discovery = Discovery(found.model, kept, found.declined)
+        self.evidence = Evidence(self.discovery.sites, source=weakref.ref(found.model))
+        if is_tapped:
+            sampling = self.surroundings.sampling
+            self._taps.enter_context(tapped(self.discovery, self.evidence, self._clock, sampling))
 
     @property
     def num_seen(self) -> int:
@@ -262,6 +279,7 @@ class Watch:
             "every": self._clock.every,
             "num_seen": self._clock.step,
             "evidence": self.evidence.state_dict(),
+            "births": saved_births(self.optimizers, self.discovery.model),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -275,6 +293,7 @@ class Watch:
         self.evidence.load_state_dict(evidence)
         self._clock.step, self.num_steps = state["num_seen"], state["num_steps"]
         self._stepped = {id(self.optimizers[index]) for index in state["stepped"]}
+        load_births(self.optimizers, self.discovery.model, state["births"])
         if self.generator is not None:
             self.generator.set_state(state["generator"].cpu())
 
@@ -284,14 +303,15 @@ class Watch:
         self._release()
 
 
-def _process_group(model: nn.Module) -> dist.ProcessGroup | None:
+def process_group(model: nn.Module) -> dist.ProcessGroup | None:
     """The processes of a model in DistributedDataParallel, compiled or not."""
     while isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
-def _common_generator(group: dist.ProcessGroup, device: torch.device) -> torch.Generator:
+def common_generator(group: dist.ProcessGroup, device: torch.device) -> torch.Generator:
+    """A generator that all processes seed as the first of them does."""
     seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
     dist.broadcast(seed, group=group, group_src=0)
     return torch.Generator().manual_seed(int(seed))

@@ -69,7 +69,7 @@ def test_a_missing_extra_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     result = invoke("demo")
     assert result.exit_code == 1
-    assert "the demonstration needs sklearn and matplotlib: pip install 'neuronsurgery[demo]'" in result.output
+    assert "this command needs sklearn and matplotlib and gymnasium: pip install 'neuronsurgery[demo]'" in result.output
 
 
 def test_the_command_line_starts_without_torch():

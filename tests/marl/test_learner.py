@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -347,3 +348,37 @@ def test_episodes_of_seeds_come_from_one_replay() -> None:
     assert torch.allclose(
         found, torch.stack([each.estimate(b).loss for each, b in zip(learners, batches, strict=True)])
     )
+
+
+def test_second_moments_stay_above_zero_and_updates_are_those_of_torchs_optimizer() -> None:
+    # of units that never fire they would be zero, of which roots are slow
+    learner, episodes = new_learner(small("qmix")), made_up_episodes()
+    with torch.no_grad():
+        learner.online.get_parameter("mixer.w1.0.bias")[:4] = -1e6
+    plain = copy.deepcopy(learner)
+    plain.optimizer = torch.optim.RMSprop(plain.online.parameters(), **_options(learner.optimizer))
+    for _ in range(30):
+        learner.update(episodes)
+        plain.update(episodes)
+    moments, expected = (
+        torch.cat([state["square_avg"].flatten() for state in each.optimizer.state.values()])
+        for each in (learner, plain)
+    )
+    assert (expected == 0).any() and moments.min() >= torch.finfo(moments.dtype).tiny
+    for found, other in zip(learner.online.parameters(), plain.online.parameters(), strict=True):
+        assert torch.equal(found, other)
+
+
+def test_stacked_learners_keep_second_moments_above_zero() -> None:
+    seeds = [new_learner(small("qmix"), seed=seed) for seed in range(2)]
+    for learner in seeds:
+        with torch.no_grad():
+            learner.online.get_parameter("mixer.w1.0.bias")[:4] = -1e6
+    stacked = stack_learners(seeds)
+    for _ in range(2):
+        stacked.update(torch.stack([made_up_episodes(), made_up_episodes()]))
+    assert all(state["square_avg"].min() > 0 for state in stacked.optimizer.state.values())
+
+
+def _options(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {name: optimizer.defaults[name] for name in ("lr", "alpha", "eps")}

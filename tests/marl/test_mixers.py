@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from marl.errors import SettingsError
-from marl.losses import best_values, greedy_actions, values_of
+from marl.losses import best_values
 from marl.mixers import QMIX, QPLEX, VDN, Attention, Mixer, Transformation
 from tests.marl import reference
-
-N, A, S = 3, 4, 5
+from tests.marl.properties import A, N, S, falling, igm_gap, joint_value, made_up, min_slope, train
 
 
 def qplex(hidden_sizes: tuple[int, ...] = (7,), *, transformed: bool = True, minus_one: bool = True) -> QPLEX:
@@ -37,19 +34,6 @@ MIXERS: dict[str, tuple[Callable[[], Mixer], Callable[..., Tensor]]] = {
     ),
 }
 every_mixer = pytest.mark.parametrize("name", MIXERS)
-
-
-def made_up(num: int) -> dict[str, Any]:
-    agent_qs, avail_actions = 4 * torch.randn(num, N, A).double(), torch.rand(num, N, A) < 0.6
-    avail_actions[..., 0] = True
-    return {"agent_qs": agent_qs, "avail_actions": avail_actions, "state": 3 * torch.randn(num, S).double()}
-
-
-def joint_value(mixer: Mixer, batch: dict[str, Any], actions: Tensor) -> Tensor:
-    chosen_qs = values_of(batch["agent_qs"], actions)
-    max_qs = best_values(batch["agent_qs"], batch["avail_actions"])
-    value: Tensor = mixer(chosen_qs, batch["state"], max_qs=max_qs, actions=actions)
-    return value
 
 
 @every_mixer
@@ -84,41 +68,11 @@ def test_state_of_bytes_is_read_as_numbers(name: str) -> None:
     assert torch.equal(as_bytes, joint_value(mixer, batch | {"state": grid.double()}, actions))
 
 
-def trained_against(mixer: Mixer, batch: dict[str, Any], target: Callable[[Tensor], Tensor]) -> None:
-    """200 updates toward values that fall as the agents' values rise: what the mixer must not learn."""
-    optimizer = torch.optim.Adam(mixer.parameters(), lr=1e-2)
-    for _ in range(200):
-        actions = torch.randint(A, batch["agent_qs"].shape[:-1])
-        error = joint_value(mixer, batch, actions) - target(values_of(batch["agent_qs"], actions))
-        optimizer.zero_grad()
-        error.square().mean().backward()
-        optimizer.step()
-
-
-def min_slope(mixer: Mixer, batch: dict[str, Any]) -> float:
-    """The smallest dQ_tot/dQ_i."""
-    chosen_qs = batch["agent_qs"][..., 0].clone().requires_grad_()
-    value = mixer(chosen_qs, batch["state"], max_qs=chosen_qs, actions=torch.zeros(chosen_qs.shape, dtype=torch.int64))
-    return float(torch.autograd.grad(value.sum(), chosen_qs)[0].min())
-
-
-@torch.no_grad()
-def igm_gap(mixer: Mixer, batch: dict[str, Any]) -> float:
-    """How much the best available joint action is worth above that of each agent's best; above 0 is a fault."""
-    greedy = joint_value(mixer, batch, greedy_actions(batch["agent_qs"], batch["avail_actions"]))
-    gaps = []
-    for joint in itertools.product(range(A), repeat=N):
-        actions = torch.tensor(joint).expand(len(greedy), N)
-        possible = batch["avail_actions"].gather(-1, actions.unsqueeze(-1)).squeeze(-1).all(dim=-1)
-        gaps.append((joint_value(mixer, batch, actions) - greedy)[possible])
-    return float(torch.cat(gaps).max())
-
-
 @pytest.mark.parametrize("hypernet_layers", [1, 2])
 def test_qmix_rises_with_each_agents_value_before_and_after_training_against_it(hypernet_layers: int) -> None:
     mixer, batch = QMIX(N, S, embed_size=8, hypernet_layers=hypernet_layers).double(), made_up(500)
     assert min_slope(mixer, batch) >= -1e-12
-    trained_against(mixer, batch, lambda chosen_qs: -2 * chosen_qs.sum(dim=-1))
+    train(mixer, batch, falling)
     assert min_slope(mixer, batch) >= -1e-12
     assert igm_gap(mixer, batch) <= 1e-9
 
@@ -128,7 +82,7 @@ def test_best_joint_action_is_made_of_each_agents_best_before_and_after_training
     mixer, batch = MIXERS[name][0]().double(), made_up(200)
     assert igm_gap(mixer, batch) <= 1e-9
     if name != "VDN":
-        trained_against(mixer, batch, lambda chosen_qs: -2 * chosen_qs.sum(dim=-1))
+        train(mixer, batch, falling)
         assert igm_gap(mixer, batch) <= 1e-9
 
 

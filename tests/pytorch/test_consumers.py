@@ -304,12 +304,70 @@ class Untraced(Forward):
         return self.head(h) if h.sum() > 0 else self.head(-h)
 
 
+class SharedModule(SharedHead):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+
+
+class Elsewhere(Forward):
+    """A method that cannot be traced calls the consumer with something else."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Sequential(nn.Linear(4, 2)))
+
+    def forward(self, x):
+        return self.head(F.relu(self.one(x)))
+
+    def of_input(self, x):
+        return self.head(x) if x.sum() > 0 else x
+
+
+class Together(Forward):
+    """A method that cannot be traced calls a module that holds the site and its consumer."""
+
+    def __init__(self) -> None:
+        super().__init__(body=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+
+    def forward(self, x):
+        return self.body(x).abs()
+
+    def of_input(self, x):
+        return self.body(x) if x.sum() > 0 else x
+
+
+def test_a_caller_of_site_and_consumer_together_is_no_reason() -> None:
+    assert surgery.consumers(Together()).readers == {"body.0": {"body.2": 1}}
+
+
 def weight_normed() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
 
 
 def frozen_head() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2).requires_grad_(False))
+
+
+def hooked(child: int, kind: str) -> Callable[[], nn.Module]:
+    def make() -> Any:
+        model: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 2))
+        getattr(model[child], f"register_forward_{kind}")(lambda module, args, *out: (out or args)[0].flip(-1))
+        return model
+
+    return make
+
+
+class Remembering(Forward):
+    """A method that cannot be traced calls the recurrent layer with something else."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), memory=nn.GRUCell(4, 3))
+
+    def forward(self, x):
+        return self.memory(F.relu(self.one(x)))
+
+    def of_input(self, x):
+        return self.memory(x) if x.sum() > 0 else x
 
 
 def attended() -> nn.Module:
@@ -332,8 +390,13 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "open sizes": (Open, "one", "how 136 entries are shared out .* is not known"),
     "a method": (Encoding, "one", "Encoding.encode returns it, which may be called from anywhere"),
     "a caller that cannot be traced": (Untraced, "body.layer", "it leaves Body to Untraced.forward"),
+    "a module of two": (SharedModule, "one", "'head', which reads it, is called in SharedModule with more"),
+    "a consumer called elsewhere": (Elsewhere, "one", "'head.0' has another role: used by Elsewhere.of_input"),
     "a computed weight": (weight_normed, "0", "the weight of its consumer '2' is computed"),
     "a frozen consumer": (frozen_head, "0", "the weight of its consumer '2' is frozen"),
+    "a hook behind": (hooked(2, "hook"), "0", r"a hook on '2' \(Dropout\) may change what its units pass on"),
+    "a hook on the consumer": (hooked(3, "pre_hook"), "0", "a hook on its consumer '3' may change what that reads"),
+    "a recurrent layer called elsewhere": (Remembering, "one", "'memory.weight_ih' is used by Remembering.of_input"),
     "attention": (attended, "one", "'attention'"),
 }
 

@@ -137,7 +137,7 @@ def test_a_gradient_has_the_weights_of_its_own_forward() -> None:
     close(evidence.measured("0")[GRADIENT], [2.0, 20.0])
 
 
-def test_weights_without_gradient_scaling_are_not_scaled() -> None:
+def test_gradients_that_are_scaled_are_unscaled_and_weights_are_not() -> None:
     model = one_to_one()
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=1024.0)
     with surgery.observe(model, scaler=scaler, weights=lambda site, h: torch.tensor([1.0, 0.0])) as evidence:
@@ -289,6 +289,7 @@ def test_probe_weights_as_observe_does() -> None:
     assert probed.num_samples("0", H) == pytest.approx(float(mask.sum()), rel=1e-6)
 
 
+@pytest.mark.situation("When to operate", "padded batches, on activations off the padding", "works")
 def test_a_schedule_finds_the_units_that_are_dormant_off_the_padding() -> None:
     model = one_to_one()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
