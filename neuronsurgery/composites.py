@@ -153,7 +153,9 @@ class Rows:
             [(2, 1), (0, 1), (2, 3), (0, 3)]
         """
         unit, place, row = _ranked(self, KNOWLEDGE)
-        others = _ranked(self, COMPENSATION)[2]  # as many for each unit, in the same order
+        owner, _, others = _ranked(self, COMPENSATION)
+        if not len(row) or not np.array_equal(unit, owner):  # no structure that operations leave: it is not for here
+            return []
         fading = np.isin(unit, self.unit[self.retire > 0])
         is_first, is_last = place == 0, np.append(unit[1:] != unit[:-1], True)
         last = others[np.searchsorted(unit, unit, side="right") - 1]

@@ -51,7 +51,7 @@ _ROWS = (
         grows="two frozen rows a unit",
         needs_consumers=False,
         source="arXiv 2606.25335",
-        defaults={"max_growth": 4.0, "cooldown": 100},
+        defaults={"max_growth": 4.0, "cooldown": 100, "retire": None},
     ),
     Method(
         name="redo",

@@ -25,6 +25,8 @@ Pairs = Sequence[tuple[int, int]]
 def removable(bank: Composite) -> NDArray[np.bool_]:
     """Mask of the rows that contribute nothing by their weights alone, whatever the data; it waits for the device."""
     dropped = faded(bank)
+    if any(len(value) < len(bank.rows) for name in bank.buffer_names() if (value := bank.live(name)) is not None):
+        return dropped  # cut short: `check` says so
     for pair in equal(bank, candidates(bank.rows, bank.path)):
         dropped[list(pair)] = True
     return dropped
@@ -33,7 +35,9 @@ def removable(bank: Composite) -> NDArray[np.bool_]:
 def faded(bank: Composite) -> NDArray[np.bool_]:
     """Mask of the rows that have retired."""
     none = np.zeros(len(bank.rows), np.bool_)
-    return none if bank.fade is None or bank.fade.is_meta else (bank.live_fade() == 0).cpu().numpy() & bank.rows.can_go
+    if bank.fade is None or bank.fade.is_meta or len(bank.fade) < len(none):
+        return none
+    return (bank.live_fade() == 0).cpu().numpy() & bank.rows.can_go
 
 
 def candidates(rows: Rows, path: UnitPath) -> list[tuple[int, int]]:

@@ -6,14 +6,17 @@ import copy
 import io
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery import surgery
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.operating import num_weights
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
 N = 4
@@ -81,7 +84,7 @@ def test_rows_fade_linearly_and_contribute_nothing_after_so_many_steps(name: str
         train(model, optimizer, 1)
         seen.append(fade_of(model))
     assert seen == [[left] * 4 for left in (0.75, 0.5, 0.25, 0.0)]
-    torch.testing.assert_close(model(X), plain_of(model, norm)(X), atol=1e-7 if norm else 0, rtol=0)
+    torch.testing.assert_close(model(X), plain_of(model, norm)(X), atol=1e-6 if norm else 0, rtol=0)
     train(model, optimizer, 2)
     assert fade_of(model) == [0.0] * 4
 
@@ -155,10 +158,10 @@ def test_an_optimizer_that_counts_anew_brings_nothing_back() -> None:
 def test_gradients_reach_the_slots_and_no_frozen_row_moves() -> None:
     model, optimizer = operated()
     bank, before = bank_of(model), bank_of(model).frozen_weight.clone()
-    slots = model[0].weight.detach().clone()
+    slots = model.get_parameter("0.weight").detach().clone()
     train(model, optimizer, N + 1)
     assert torch.equal(bank.frozen_weight, before)
-    assert not torch.equal(slots[[1, 5]], model[0].weight[[1, 5]])
+    assert not torch.equal(slots[[1, 5]], model.get_parameter("0.weight")[[1, 5]])
     assert not list(bank.parameters()) and bank.fade is not None and not bank.fade.requires_grad
 
 
@@ -197,13 +200,20 @@ def test_undo_is_refused_once_a_fade_has_begun_and_possible_before() -> None:
 # -- copies and checkpoints ------------------------------------------------------------------------------------------
 
 
+def again_for(optimizer: Optimizer, model: nn.Module) -> Optimizer:
+    """One of the same class for another model."""
+    cls: Any = type(optimizer)
+    made: Optimizer = cls(model.parameters(), lr=0.01)
+    return made
+
+
 def _restored(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     buffer = io.BytesIO()
     torch.save((model.state_dict(), optimizer.state_dict()), buffer)
     buffer.seek(0)
     state, optimizer_state = torch.load(buffer, weights_only=True)
     fresh = build()
-    other = type(optimizer)(fresh.parameters(), lr=0.01)
+    other = again_for(optimizer, fresh)
     other.load_state_dict(optimizer_state)
     surgery.restore(fresh, state, other)
     return fresh, other
@@ -211,8 +221,8 @@ def _restored(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimi
 
 def _copied(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     copied = copy.deepcopy(model)
-    other = type(optimizer)(copied.parameters(), lr=0.01)
-    other.load_state_dict(optimizer.state_dict())
+    other = again_for(optimizer, copied)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the counts of steps
     surgery.attach(copied, other)
     return copied, other
 
@@ -392,7 +402,7 @@ def test_what_is_left_of_cancelled_operations_can_be_undone_and_mirrored() -> No
 def test_rows_that_never_fire_on_the_batches_go_and_the_error_is_reported() -> None:
     model = build()
     with torch.no_grad():
-        model[0].bias[3] = -100.0
+        model.get_parameter("0.bias")[3] = -100.0
     surgery.knife(model, surgery.Units({"0": [3, 4]}), init=lambda weight: nn.init.zeros_(weight))
     assert surgery.consolidate(model).num_rows == 0
     before = model(X)
@@ -415,7 +425,7 @@ def test_merged_rows_stay_within_the_reported_error_on_fresh_data(seed: int) -> 
     fresh = torch.randn(512, 4, generator=generator)
     old, new = before[:2](fresh), model[:2](fresh)
     assert report.sites["0"].merged > 0
-    assert float((new - old).norm() / old.norm()) <= 1.2 * report.sites["0"].error < 0.05
+    assert float(((new - old).norm() / old.norm()).detach()) <= 1.2 * report.sites["0"].error < 0.05
 
 
 def test_a_reference_row_goes_only_once_retired() -> None:
@@ -438,8 +448,6 @@ def test_a_mirror_with_other_rows_is_refused_and_nothing_changes() -> None:
 
 
 def test_a_fault_in_the_middle_of_a_consolidation_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    from neuronsurgery.pytorch import consolidating
-
     model, optimizer = operated()
     train(model, optimizer, N)
     before, classes = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
@@ -448,8 +456,8 @@ def test_a_fault_in_the_middle_of_a_consolidation_leaves_no_trace(monkeypatch: p
         raise KeyboardInterrupt
 
     counts = itertools.count()
-    real = consolidating.num_weights
-    monkeypatch.setattr(consolidating, "num_weights", lambda m: real(m) if next(counts) == 0 else fails(m))
+    name = "neuronsurgery.pytorch.consolidating.num_weights"
+    monkeypatch.setattr(name, lambda m: num_weights(m) if next(counts) == 0 else fails(m))
     with pytest.raises(KeyboardInterrupt):
         surgery.consolidate(model)
     assert [type(module) for module in model.modules()] == classes
@@ -463,7 +471,7 @@ def test_a_fault_in_the_middle_of_a_consolidation_leaves_no_trace(monkeypatch: p
 def test_a_site_at_its_bound_is_consolidated_before_it_is_declined() -> None:
     model = build()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    options = {"optimizer": optimizer, "max_growth": 0.5}
+    options: dict[str, Any] = {"optimizer": optimizer, "max_growth": 0.5}
     surgery.knife(model, surgery.Units({"0": [1, 5]}), retire=N, **options)
     train(model, optimizer, N - 1)
     full = surgery.knife(model, surgery.Units({"0": [2]}), **options)
@@ -501,10 +509,43 @@ def test_compiled_code_lasts_for_a_whole_fade() -> None:
     model, optimizer = operated()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter)
-    with torch.no_grad():
-        compiled(X)
-        first = counter.frame_count
-        for _ in range(N):
-            train(model, optimizer, 1)
-            torch.testing.assert_close(compiled(X), model(X))
+    compiled(X)
+    first = counter.frame_count
+    for _ in range(N):
+        train(model, optimizer, 1)
+        torch.testing.assert_close(compiled(X), model(X))
     assert counter.frame_count == first > 0
+
+
+# -- for long --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["retire", "consolidate", "neither"])
+def test_a_thousand_operations_stay_within_the_bound_or_are_declined(way: str) -> None:
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    num_operated, sizes = 0, []
+    for operation in range(1000):
+        train(model, optimizer, 2)
+        report = surgery.knife(
+            model,
+            surgery.Units({"0": [operation % 8]}),
+            optimizer=optimizer,
+            retire=6 if way == "retire" else None,
+            verify=X,
+            max_growth=2.0,
+        )
+        num_operated += report.num_units
+        assert report.max_error < 2e-6
+        if way == "consolidate":  # a wide tolerance: these rows do contribute
+            surgery.consolidate(model, optimizer=optimizer, batches=[X], tolerance=0.9)
+        assert surgery.composites(model).num_rows <= 16
+        sizes.append(sum(buffer.numel() for buffer in model.buffers()))
+    assert max(sizes[500:]) <= max(sizes[:500])
+    if way == "retire":
+        assert num_operated == 1000
+    elif way == "neither":
+        assert num_operated == 8
+    else:
+        assert num_operated > 8
