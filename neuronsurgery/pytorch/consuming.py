@@ -62,22 +62,44 @@ class Consumer:
         device = self.weight.device
         return self.columns.to(device).index_select(0, units.to(device)).flatten()
 
+    def beside(self, copied: Tensor) -> tuple[Tensor, Tensor]:
+        """What its axis is made of once copies of these units follow behind all units of the site.
 
-def consumers_of(survey: Survey, place: Place) -> tuple[Consumer, ...] | str:
-    """Every consumer of a site, or why not all of them can be told."""
-    if reason := _why_not_apart(place):
+        Returns for each entry which one it comes from, (size,) int64, and the columns of each unit then.
+        """
+        layout = replace(self.layout, num_units=self.layout.num_units + len(copied))
+        old, now = self.columns, layout.places()
+        source = torch.empty(layout.total, dtype=torch.long)
+        source[_others(now, layout.total)] = _others(old, self.layout.total)
+        source[now.flatten()] = torch.cat([old, old[copied]]).flatten()
+        return source, now
+
+
+def _others(columns: Tensor, total: int) -> Tensor:
+    """The entries of an axis that belong to no unit of the site, in order."""
+    is_other = torch.ones(total, dtype=torch.bool)
+    is_other[columns.flatten()] = False
+    return is_other.nonzero().flatten()
+
+
+def consumers_of(survey: Survey, place: Place, *, is_kept: bool = False) -> tuple[Consumer, ...] | str:
+    """Every consumer of a site, or why not all of them can be told.
+
+    `is_kept`: what they compute is to stay as it is, so that frozen rows and frozen weights are no obstacle.
+    """
+    if reason := _why_not_apart(place, is_kept):
         return reason
     entries = [entry for entry in survey.by_weight[id(place.weight)] if not survey.is_superseded(entry)]
-    followed = Following(survey, place)
+    followed = Following(survey, place, is_kept)
     for reading, method, use in entries:
         if reason := followed.follow(reading, method, use, place.site.num_units):
             return reason
     return followed.complete()
 
 
-def _why_not_apart(place: Place) -> str:
+def _why_not_apart(place: Place, is_kept: bool) -> str:
     """Why what a site's consumers read is not its units' alone, whatever the consumers are."""
-    if place.bank is not None:
+    if place.bank is not None and not is_kept:
         return "it has frozen rows, which its consumers read as well: undo or consolidate first"
     if place.product.is_stacked:
         return "its units are numbered by several axes, as stacked experts are"
@@ -96,6 +118,7 @@ class Following:
 
     survey: Survey
     place: Place
+    is_kept: bool = False
     pending: list[Value] = field(default_factory=list)
     found: dict[int, Consumer] = field(default_factory=dict)  # id of a weight -> what reads
     calls: set[fx.Node] = field(default_factory=set)
@@ -247,6 +270,8 @@ class Following:
 
     def unwritable(self, name: str, weight: nn.Parameter) -> str:
         """Why the columns of a weight are read by more than the consumer, or written by more."""
+        if self.is_kept:
+            return ""
         owners = self.survey.owners[id(weight)]
         if any(isinstance(owner._modules.get(bank), Composite) for owner, bank in banks_at(owners)):
             return f"its consumer '{name}' has frozen rows, which read it too: undo or consolidate there first"

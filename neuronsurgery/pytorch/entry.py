@@ -14,9 +14,9 @@ from neuronsurgery.evidence import Evidence
 from neuronsurgery.pytorch import evidence as measuring
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import attach
+from neuronsurgery.pytorch.consolidating import consolidate
 from neuronsurgery.pytorch.continual import continual_backprop
 from neuronsurgery.pytorch.continuous import ccbp
-from neuronsurgery.pytorch.consolidating import consolidate
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
 from neuronsurgery.pytorch.injecting import inject

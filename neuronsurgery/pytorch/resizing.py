@@ -6,8 +6,8 @@ whatever state has the parameter's shape are taken by it; ages of young weights 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from neuronsurgery.pytorch.fresh_state import is_shared
 from neuronsurgery.pytorch.transaction import Change, SetItem
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
-__all__ = ["check_resizable", "resized"]
+__all__ = ["check_resizable", "resized", "said"]
 
 
 def check_resizable(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> None:
@@ -48,6 +48,26 @@ def resized(optimizers: Sequence[Optimizer], parameter: nn.Parameter, axis: int,
         if optimizer in CORRECTIONS and parameter in CORRECTIONS[optimizer].young:
             yield _Renumber(optimizer, parameter, axis, source)
     yield _Resize(parameter, axis, source)
+
+
+_SIZES = {
+    "producer": ("out_features", "out_channels", "num_features", "num_parameters", "nf"),
+    "consumer": ("in_features", "in_channels", "nx"),
+}
+"""The attributes in which modules of torch, and one of transformers, say how many units they have or read."""
+
+
+def said(
+    owners: Mapping[int, Sequence[tuple[nn.Module, str]]],
+    tensor: Tensor,
+    role: Literal["producer", "consumer"],
+    size: int,
+) -> Iterator[Change]:
+    """The changes of the attributes in which the modules that own a tensor say its size as well."""
+    for owner, _ in owners[id(tensor)]:
+        for name in _SIZES[role]:
+            if isinstance(vars(owner).get(name), int):
+                yield SetItem(vars(owner), name, size)
 
 
 def _is_alike(entry: Any, parameter: nn.Parameter) -> bool:

@@ -27,14 +27,14 @@ from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place, Slots, owners_of
 from neuronsurgery.pytorch.products import Convolution
 from neuronsurgery.pytorch.renewing import Subject, prepared, reported, seed_of
-from neuronsurgery.pytorch.resizing import check_resizable, resized
+from neuronsurgery.pytorch.resizing import check_resizable, resized, said
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, Later, SetItem, WriteRows
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 from neuronsurgery.pytorch.watching import process_group
 from neuronsurgery.reports import Report
 
-__all__ = ["widen"]
+__all__ = ["why_not_wider", "widen"]
 
 
 @with_parameters_in_place
@@ -54,7 +54,7 @@ def widen(
     taken: dict[int, str] = {}
 
     def why_not(place: Place, readers: tuple[Consumer, ...]) -> str:
-        return _why_not(place, readers, owners) or _why_later(place, readers, taken)
+        return why_not_wider(place, readers, owners) or _why_later(place, readers, taken)
 
     subject = prepared(model, plan, optimizer, "widen", why_not)
     with generator_kept(generator):
@@ -73,7 +73,7 @@ def widen(
 Owners = Mapping[int, Sequence[tuple[nn.Module, str]]]
 
 
-def _why_not(place: Place, readers: tuple[Consumer, ...], owners: Owners) -> str:
+def why_not_wider(place: Place, readers: tuple[Consumer, ...], owners: Owners) -> str:
     """Why the tensors of a site, or those behind it, cannot be of another size."""
     if place.computed:
         return "its weights are computed, from parameters of sizes of their own"
@@ -123,12 +123,6 @@ def _dropout_notes(subject: Subject) -> Iterator[str]:
 
 # -- one site --------------------------------------------------------------------------------------------------------
 
-_SIZES = {
-    "producer": ("out_features", "out_channels", "num_features", "num_parameters", "nf"),
-    "consumer": ("in_features", "in_channels", "nx"),
-}
-"""The attributes in which modules of torch, and one of transformers, say how many units they have or read."""
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -159,20 +153,16 @@ class Split:
         else:
             grown = slots.tensor.index_select(axis, source.to(slots.tensor.device))
             yield SetItem(slots.owner._buffers, slots.attribute, grown)
-        yield from self.said(slots.tensor, "producer", len(source))
+        yield from said(self.owners, slots.tensor, "producer", len(source))
 
     def grown_columns(self, consumer: Consumer) -> Iterator[Change]:
         """Columns for the new units beside the old ones, and the old weights shared out between both."""
         (axis,) = consumer.axes.axes
-        layout = replace(consumer.layout, num_units=consumer.layout.num_units + len(self.units))
-        old, now = consumer.columns, layout.places()
+        source, now = consumer.beside(self.units)
         split, new = now[self.units].flatten(), now[consumer.layout.num_units :].flatten()
-        source = torch.empty(layout.total, dtype=torch.long)
-        source[_others(now, layout.total)] = _others(old, consumer.layout.total)
-        source[now.flatten()] = torch.cat([old, old[self.units]]).flatten()
         yield from resized(self.subject.optimizers, consumer.weight, axis, source)
         yield Later(lambda: self.shared(consumer, split, new))
-        yield from self.said(consumer.weight, "consumer", layout.total)
+        yield from said(self.owners, consumer.weight, "consumer", len(source))
 
     def shared(self, consumer: Consumer, split: Tensor, new: Tensor) -> Iterator[Change]:
         """The new columns take a random part of each outgoing weight, which the old ones lose."""
@@ -193,17 +183,3 @@ class Split:
         step = optimizer_state.current_step(optimizers, tensor)
         if step is not None:
             yield from optimizer_state.births(optimizers, tensor, new, [step] * len(new), axes)
-
-    def said(self, tensor: Tensor, role: str, size: int) -> Iterator[Change]:
-        """Modules say their sizes in attributes as well."""
-        for owner, _ in self.owners[id(tensor)]:
-            for name in _SIZES[role]:
-                if isinstance(vars(owner).get(name), int):
-                    yield SetItem(vars(owner), name, size)
-
-
-def _others(columns: Tensor, total: int) -> Tensor:
-    """The entries of an axis that belong to no unit of the site, in order."""
-    is_other = torch.ones(total, dtype=torch.bool)
-    is_other[columns.flatten()] = False
-    return is_other.nonzero().flatten()
