@@ -13,9 +13,20 @@ from marl.environments.tasks import Task, TaskSequence
 from marl.errors import SettingsError
 from marl.settings import Algorithm, PresetName, Settings, preset
 
-__all__ = ["CRITERIA", "METHODS", "RunSettings", "SurgerySettings", "TrainingSettings", "run_settings"]
+__all__ = [
+    "CRITERIA",
+    "LAYER_METHODS",
+    "METHODS",
+    "UNIT_METHODS",
+    "RunSettings",
+    "SurgerySettings",
+    "TrainingSettings",
+    "run_settings",
+]
 
-METHODS = ("none", "knife")
+UNIT_METHODS = ("knife", "redo", "regrama", "reborn")
+LAYER_METHODS = ("reset", "reset_optimizer", "shrink_and_perturb")
+METHODS = ("none", *UNIT_METHODS, *LAYER_METHODS)
 CRITERIA = ("stagnant", "dormant", "grama", "lowest", "random", "all")
 
 Part = Literal["agent", "mixer"]
@@ -53,7 +64,7 @@ class SurgerySettings:
     """What is operated on, when, and how. The paper leaves open when and how long to look; these are our defaults."""
 
     method: str = "none"
-    """What is done to the chosen units; `none` only measures them."""
+    """What is done to the chosen units, or to whole layers; `none` only measures."""
     criterion: str = "stagnant"
     """What chooses units: a score below a threshold, the lowest scores, chance, or `all`."""
     threshold: float | None = None
@@ -72,10 +83,12 @@ class SurgerySettings:
     """Updates before an operation that are measured; none: all since the last operation."""
     cooldown: int = 100
     """Updates for which a fresh unit is passed over."""
+    layers: tuple[str, ...] = ()
+    """Modules that methods of whole layers concern, such as `agent.head`; none: the parts."""
     max_share: float | None = None
     """The largest share of a layer's units in one operation; none: no bound."""
     max_growth: float = 4.0
-    """Frozen rows that a layer may have, in multiples of its width."""
+    """Frozen rows that a layer may have, in multiples of its width; of `knife` alone."""
     retire: int | None = None
     """Updates over which frozen members fade away; none: they stay, as in the paper."""
 
@@ -88,6 +101,10 @@ class SurgerySettings:
             value = getattr(self, name)
             if value is not None:
                 _require_at_least(1, name, value)
+        if self.retire is not None and self.method != "knife":
+            raise SettingsError(f"retire is {self.retire}, and only knife leaves anything to retire: unset it")
+        if self.layers and self.method not in LAYER_METHODS:
+            raise SettingsError(f"layers are for {', '.join(LAYER_METHODS)}; {self.method} chooses units: set parts")
         if self.method != "none" and self.every is None and self.after_task_change is None:
             raise SettingsError(f"{self.method} is never to operate: set every or after_task_change")
 

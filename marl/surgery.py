@@ -3,12 +3,13 @@
 Operated on are hidden units: those of the agents' input layers and those of the hypernetworks' ReLU layers. Whatever
 comes from a generated weight onward, and the agents' GRU cell and head, is left alone: a composite unit behind an
 absolute value or a sigmoid could take QMIX its monotonicity and QPLEX its individual-global-max. Target networks get
-the structure, and the same fresh draws, at once.
+the structure, and the same fresh draws, at once. What other methods write, they get with their next update, as in the
+methods' sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
-from marl.run_settings import SurgerySettings
+from marl.run_settings import LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
 __all__ = ["Operations", "load_learner", "operable_sites", "unit_shares"]
@@ -33,7 +34,15 @@ OPERABLE = {
 Done = surgery.Report | surgery.LayerReport | surgery.Plan
 """What an operation leaves behind."""
 
-METHODS: dict[str, Callable[..., surgery.Report]] = {"knife": surgery.knife}
+METHODS: dict[str, Callable[..., Any]] = {
+    "knife": surgery.knife,
+    "redo": surgery.redo,
+    "regrama": surgery.regrama,
+    "reborn": surgery.reborn,
+    "reset": surgery.reset,
+    "reset_optimizer": surgery.reset_optimizer,
+    "shrink_and_perturb": surgery.shrink_and_perturb,
+}
 
 CONDITIONS = {
     "stagnant": surgery.Stagnant(),
@@ -71,35 +80,35 @@ class Operations:
         self._learner, self._batch = learner, TensorDict({})
         self._schedule: surgery.Schedule | None = None
         if settings.method != "none":
-            self._sites = operable_sites(learner, *settings.parts)
-            if not self._sites:
-                raise SettingsError(
-                    f"{settings.method} is to operate on {' and '.join(settings.parts)}, which have no hidden units "
-                    "of their own: choose other parts or another mixer"
-                )
             try:
-                self._schedule = self._scheduled(settings, seed)
+                self._sites = _sites_for(learner, settings)
+                self._schedule = self._scheduled(settings, torch.Generator().manual_seed(seed))
             except surgery.SurgeryError as error:
                 raise SettingsError(f"surgery: {error}") from error
 
-    def _scheduled(self, settings: SurgerySettings, seed: int) -> surgery.Schedule:
-        retire: dict[str, Any] = {} if settings.retire is None else {"retire": settings.retire}
-        return surgery.Schedule(
-            self._learner.online,
-            self._learner.optimizer,
-            _criterion(settings, self._sites),
-            operate=_trigger(settings),
-            look=surgery.Every(1) if settings.look is None else surgery.Last(settings.look),
-            sites=self._sites,
-            cooldown=settings.cooldown,
-            max_share=settings.max_share,
-            max_growth=settings.max_growth,
-            method=METHODS[settings.method],
-            mirrors=self._learner.target,
-            generator=torch.Generator().manual_seed(seed),
-            weights=lambda site, _: sample_weights(self._batch, site),
-            **retire,
-        )
+    def _scheduled(self, settings: SurgerySettings, generator: torch.Generator) -> surgery.Schedule:
+        options: dict[str, Any] = {"operate": _trigger(settings), "method": METHODS[settings.method]}
+        if settings.method != "reset_optimizer":
+            options["generator"] = generator
+        if settings.method in LAYER_METHODS:
+            options["layers"] = settings.layers or settings.parts
+        else:
+            options |= self._of_units(settings)
+        criterion = None if settings.method in LAYER_METHODS else _criterion(settings, self._sites)
+        return surgery.Schedule(self._learner.online, self._learner.optimizer, criterion, **options)
+
+    def _of_units(self, settings: SurgerySettings) -> dict[str, Any]:
+        options = {
+            "look": surgery.Every(1) if settings.look is None else surgery.Last(settings.look),
+            "sites": self._sites,
+            "cooldown": settings.cooldown,
+            "max_share": settings.max_share,
+            "weights": lambda site, _: sample_weights(self._batch, site),
+        }
+        if settings.method == "knife":
+            options |= {"max_growth": settings.max_growth, "mirrors": self._learner.target}
+            options |= {} if settings.retire is None else {"retire": settings.retire}
+        return options
 
     def __str__(self) -> str:
         return "no operations" if self._schedule is None else str(self._schedule)
@@ -112,7 +121,8 @@ class Operations:
         """
         if self._schedule is not None:
             self._batch = episodes
-            _require_states(episodes, self._sites)
+            if any(site.startswith("mixer.") for site in self._sites):
+                _require_states(episodes)
 
     def step(self) -> Done | None:
         """Operate if it is time; called after each update."""
@@ -161,14 +171,11 @@ def load_learner(learner: Learner, state: Mapping[str, Any]) -> None:
     """
     surgery.accept(learner.online)
     surgery.accept(learner.target)
-    learner.target.requires_grad_(True)  # banks are taken over by sites, and a frozen layer is none
     try:
         learner.load_state_dict(state)
         surgery.attach(learner.online, learner.optimizer)
     except surgery.SurgeryError as error:
         raise CheckpointError(str(error)) from error
-    finally:
-        learner.target.requires_grad_(False)
 
 
 def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
@@ -226,6 +233,33 @@ def _of_parts(sites: surgery.Sites, *parts: str) -> surgery.Sites:
     return sites.subset(name for name in sites if name.startswith(prefixes))
 
 
+def _sites_for(learner: Learner, settings: SurgerySettings) -> surgery.Sites:
+    """The sites that a method chooses units from; none for methods of whole layers.
+
+    Raises:
+        SettingsError: there are none.
+    """
+    if settings.method in LAYER_METHODS:
+        return surgery.Sites({})
+    sites, parts = operable_sites(learner, *settings.parts), " and ".join(settings.parts)
+    if not sites:
+        raise SettingsError(
+            f"{settings.method} is to operate on {parts}, which have no hidden units of their own: choose other parts "
+            "or another mixer"
+        )
+    if settings.method == "knife":
+        return sites
+    consumers = surgery.consumers(learner.online)
+    known = sites.subset(site for site in sites if site in consumers.readers)
+    if not known:
+        reasons = "; ".join(f"{site}: {consumers.declined[site]}" for site in sites)
+        raise SettingsError(
+            f"{settings.method} writes the outgoing weights of units, which are known of none in {parts} ({reasons}): "
+            "choose other parts, or knife, which leaves them alone"
+        )
+    return known
+
+
 def _criterion(settings: SurgerySettings, sites: surgery.Sites) -> surgery.Criterion:
     threshold = settings.threshold
     of_threshold: dict[str, Any] = {} if threshold is None else {"threshold": threshold}
@@ -254,9 +288,9 @@ def _trigger(settings: SurgerySettings) -> surgery.Trigger:
     return reduce(or_, triggers)
 
 
-def _require_states(episodes: TensorDict, sites: Iterable[str]) -> None:
+def _require_states(episodes: TensorDict) -> None:
     """Behind a state of zeros the weights of a hypernetwork's first layer never get a gradient."""
-    if any(site.startswith("mixer.") for site in sites) and not episodes["state"].any():
+    if not episodes["state"].any():
         raise SettingsError(
             "hidden units of hypernetworks are to be operated on, but all states are zero, so that their weights get "
             'no gradient and no score means anything: give the environment state="ones", or operate on agents only'

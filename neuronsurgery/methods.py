@@ -61,8 +61,8 @@ _ROWS = (
         needs_consumers=True,
         source="ReDo: Sokar et al. 2023",
         defaults={"criterion": "dormant"},
-        deviations="weights and biases are drawn by the layer's own initializer; Adam's bias correction starts anew "
-        "for what was written, and for nothing else",
+        deviations="the threshold is 0.025, where published runs have 0, 0.025 or 0.1; weights and biases are drawn by "
+        "the layer's own initializer; Adam's bias correction starts anew for what was written, and for nothing else",
     ),
     Method(
         name="regrama",

@@ -505,7 +505,7 @@ class Schedule(Scheduling):
         dry_run: return what would be done, a `Plan`, and leave the model alone.
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
-        method: a function in the manner of `knife`.
+        method: a function in the manner of `knife`: `redo`, `regrama`, `reborn`, `widen`.
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.

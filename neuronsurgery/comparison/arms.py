@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Subject:
         """For the method's own draws."""
         return stream(self.seed, "surgery")
 
+    @property
+    def delay(self) -> int:
+        """How many steps of a task are over when a method acts: an eighth of them."""
+        return max(1, self.num_steps // 8)
+
     def period(self, value: float) -> surgery.Every:
         """Every so many tasks."""
         return surgery.Every(max(1, round(value * self.num_steps)))
@@ -97,17 +103,9 @@ def on_units(method: Callable[..., Any], criterion: Any, *, is_once: bool = Fals
     def prepare(subject: Subject, setting: Setting) -> Learner:
         optimizer = _adam(subject, setting)
         when = subject.moment(setting.value) if is_once else subject.period(setting.value)
-        schedule = surgery.Schedule(
-            subject.model,
-            optimizer,
-            criterion,
-            operate=when,
-            method=method,
-            cooldown=0,
-            generator=subject.generator,
-            **options,
-        )
-        return Learner(subject.model, optimizer, schedule=schedule, acts_once=is_once)
+        given = {"method": method, "cooldown": 0, "generator": subject.generator, **options}
+        begin = partial(surgery.Schedule, subject.model, optimizer, criterion, operate=when, **given)
+        return Learner(subject.model, optimizer, begin=begin, delay=subject.delay, acts_once=is_once)
 
     return prepare
 
@@ -121,8 +119,8 @@ def on_layers(method: Callable[..., Any], *, is_once: bool = False, **options: A
         given: dict[str, Any] = {name: subject.head if value == "head" else value for name, value in options.items()}
         if method not in (surgery.scale_head, surgery.reset_optimizer):
             given["generator"] = subject.generator
-        schedule = surgery.Schedule(subject.model, optimizer, None, operate=when, method=method, **given)
-        return Learner(subject.model, optimizer, schedule=schedule, acts_once=is_once)
+        begin = partial(surgery.Schedule, subject.model, optimizer, None, operate=when, method=method, **given)
+        return Learner(subject.model, optimizer, begin=begin, delay=subject.delay, acts_once=is_once)
 
     return prepare
 

@@ -77,7 +77,6 @@ def pixels(learner: Learner, scale: Scale, seed: int) -> Iterator[float]:
             outputs = learner.model(permuted[batch])
             right += float((outputs.detach().argmax(dim=1) == targets[batch]).double().mean())
             learner.learn(cross_entropy(outputs, targets[batch]))
-            del outputs  # a graph that is alive keeps the shapes of parameters, which a method may make wider
         yield right / scale.num_steps
 
 
@@ -109,7 +108,6 @@ def regression(learner: Learner, scale: Scale, seed: int) -> Iterator[float]:
             loss = ((learner.model(x) - y) / spread).square().mean()
             total += min(float(loss.detach()), 10.0)  # one run away must not outweigh a whole comparison
             learner.learn(loss)
-            del loss  # as above
         yield 1.0 - total / scale.num_steps
 
 

@@ -16,13 +16,20 @@ __all__ = ["Learner"]
 
 @dataclass
 class Learner:
-    """What learns in a run. A method that is to act once gets a schedule that is closed after it acted."""
+    """What learns in a run. A method that is to act once gets a schedule that is closed after it acted.
+
+    `begin` makes the schedule, after `delay` steps: were a method to act with the last step of a task, one that changes
+    the output would be scored before it can recover.
+    """
 
     model: nn.Module
     optimizer: Optimizer
     penalty: Callable[[], Tensor] | None = None
     schedule: Any = None
     acts_once: bool = False
+    begin: Callable[[], Any] | None = None
+    delay: int = 0
+    num_steps: int = 0
     num_actions: int = 0
 
     def learn(self, loss: Tensor) -> None:
@@ -30,6 +37,10 @@ class Learner:
         self.optimizer.zero_grad()
         torch.autograd.backward(loss if self.penalty is None else loss + self.penalty())
         self.optimizer.step()
+        self.num_steps += 1
+        if self.begin is not None and self.num_steps == self.delay:
+            self.schedule = self.begin()
+            return
         if self.schedule is None:
             return
         if self.schedule.step() is not None:

@@ -64,15 +64,27 @@ class _Resize:
     def apply(self) -> None:
         data, gradient = self.parameter.data, self.parameter.grad
         self.replaced = data, gradient
-        self.parameter.grad = None  # torch takes no gradient of another shape
-        self.parameter.data = data.index_select(self.axis, self.source)
+        _exchange(self.parameter, data.index_select(self.axis, self.source))
         if gradient is not None:
             self.parameter.grad = gradient.index_select(self.axis, self.source)
 
     def revert(self) -> None:
         if self.replaced is not None:
-            self.parameter.grad = None
-            self.parameter.data, self.parameter.grad = self.replaced
+            data, gradient = self.replaced
+            _exchange(self.parameter, data)
+            self.parameter.grad = gradient
+
+
+def _exchange(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter data of another shape, without a gradient.
+
+    As long as a loss of before is kept, so is the node of its graph that adds to the parameter's gradient, and it
+    remembers the old shape: the next backward pass would fail. Torch makes another node where the dtype changes.
+    """
+    parameter.grad = None  # torch takes no gradient of another shape
+    other = torch.float32 if data.dtype == torch.float64 else torch.float64
+    parameter.data = torch.empty(0, dtype=other, device=data.device)
+    parameter.data = data
 
 
 class _Renumber:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import ModelError, SiteError, near_names
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.injected import Injection, is_frozen_copy
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.survey import FROZEN, Survey
@@ -54,6 +55,8 @@ def explored(
         else:
             places[name] = found
     declined.update(survey.others(set(places) | set(declined)))
+    if any(isinstance(module, Injection) for module in model.modules()):
+        declined |= {name: "a frozen copy of plasticity_injection" for name in declined if is_frozen_copy(model, name)}
     for name in include:
         if name not in places and name not in declined:
             raise SiteError(f"no producer is named {name!r}: {near_names(name, [*places, *declined])}")

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.pytorch.chains import chain_of, is_sequential
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.hooks import forbids_inlining
+from neuronsurgery.pytorch.injected import Injected
 from neuronsurgery.pytorch.leftovers import leftovers, why_swapped
 from neuronsurgery.pytorch.lookahead import MIXING_MODULES, Lookahead, is_shielded_by_autograd
 from neuronsurgery.pytorch.mirroring import original_class, submodule
@@ -289,6 +290,8 @@ class Survey:
             if reading is not None and reading.failure is not None:
                 return str(reading.failure)
             label = original_class(ancestor).__name__
+            if isinstance(ancestor, Injected):
+                return "part of a module that plasticity_injection added copies to"
             if isinstance(ancestor, nn.MultiheadAttention):
                 return "fused attention"
             if depth < len(parts) and is_torch(ancestor) and not isinstance(ancestor, CONTAINERS):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from marl.checkpoints import NAME, load, save
 from marl.cli import app
 from marl.configuring import configure, read_file, to_yaml
+from marl.evaluation import interval_of
 from marl.logs import read_csv
 from marl.run import Run, make_run
 from marl.training import Silent, train
@@ -214,7 +215,9 @@ def assert_refused(result: Result, message: str) -> None:
 
 
 def test_a_folder_with_a_run_is_not_trained_over(trained: Path) -> None:
-    assert_refused(marl("train", *GAME, "--output", trained), "holds a run already: go on with it by --resume")
+    assert_refused(
+        marl("train", *GAME, "--steps", "60", "--output", trained), "holds a run already: go on with it by --resume"
+    )
 
 
 def test_a_run_does_not_go_on_with_other_settings(trained: Path) -> None:
@@ -245,6 +248,13 @@ def test_evaluation_says_where_the_mean_return_lies(trained: Path) -> None:
     assert marl("evaluate", trained, "--episodes", "10").stdout == result.stdout
 
 
+def test_the_interval_is_nearly_the_normal_one_where_that_is_right() -> None:
+    values = torch.arange(400.0)
+    interval, half = interval_of(values), 1.96 * float(values.std()) / 20
+    assert interval.low == pytest.approx(199.5 - half, abs=0.05 * half)
+    assert interval.high == pytest.approx(199.5 + half, abs=0.05 * half)
+
+
 def test_every_task_is_evaluated_once(tmp_path: Path) -> None:
     save(make_run(small({"tasks": "matrix_game:knife,qtran,knife"})), tmp_path)
     shown = marl("evaluate", tmp_path, "--episodes", "1").stdout
@@ -260,7 +270,8 @@ def test_an_episode_is_shown_as_text(trained: Path) -> None:
     grid = shown[0].splitlines()[1:]
     assert [len(row.split()) for row in grid] == [3, 3, 3]
     assert "".join(grid).count("A") == 2 and "".join(grid).count("S") == 1
-    assert marl("play", trained, "--epsilon", "1", "--episode", "1").stdout != marl("play", trained).stdout
+    others = [("--epsilon", "1", "--episode", "1"), ("--epsilon", "0")]
+    assert len({marl("play", trained, *options).stdout for options in [("--epsilon", "1"), *others]}) == 3
 
 
 def test_an_episode_is_drawn_as_a_gif(trained: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each mixer can learn: the one-step game of QTRAN, whose best joint action only QPLEX can represent."""
+"""What can be learned: the one-step game of QTRAN, whose best joint action only QPLEX can represent, and hunting."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from tensordict import TensorDict
 from marl.learner import Learner, make_learner
 from marl.losses import greedy_actions
 from marl.networks import make_networks
+from marl.records import Record
+from marl.run import Run, make_run
+from marl.run_settings import RunSettings, TrainingSettings, run_settings
 from marl.settings import Algorithm, QPLEXSettings, preset
 from marl.stacking import stack_learners
+from marl.training import Silent, train
 from tests.marl.batches import Sizes
 
 PAYOFFS = torch.tensor([[8.0, -12.0, -12.0], [-12.0, 0.0, 0.0], [-12.0, 0.0, 0.0]])
@@ -73,3 +77,38 @@ def test_only_qplex_finds_the_best_joint_action_of_a_game_that_is_not_monotonic(
         assert (found >= 8).sum() >= 8, report
     else:
         assert found.max() == 0, report
+
+
+@pytest.mark.slow
+def test_qmix_learns_to_hunt_on_a_small_grid() -> None:
+    """Seven by seven, four predators, four stags, 60 steps, no punishment: at most 20."""
+    returns = [final_return(hunting(seed)) for seed in range(5)]
+    report = f"mean return of the last 5 evaluations, by seed: {[round(each, 1) for each in returns]}"
+    assert interquartile_mean(returns) >= 14, report
+
+
+def hunting(seed: int) -> RunSettings:
+    settings = run_settings("qmix", "predator_prey_tiny", seed=seed)
+    exploration = replace(settings.learning.exploration, num_steps=20_000)
+    training = TrainingSettings(num_steps=50_000, evaluate_every=2_000)
+    return replace(settings, learning=replace(settings.learning, exploration=exploration), training=training)
+
+
+def final_return(settings: RunSettings) -> float:
+    notes = Notes()
+    train(make_run(settings), notes)
+    return sum(notes.returns[-5:]) / 5
+
+
+def interquartile_mean(values: list[float]) -> float:
+    """Of five values: the middle one counts in full, its neighbors by three quarters."""
+    low, middle, high = sorted(values)[1:4]
+    return (0.75 * low + middle + 0.75 * high) / 2.5
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.returns: list[float] = []
+
+    def on_record(self, run: Run, record: Record) -> None:
+        self.returns.append(float(record["test/return"]))

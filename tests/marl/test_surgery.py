@@ -199,6 +199,47 @@ def test_a_state_of_zeros_is_refused_for_hypernetworks_with_the_remedy() -> None
     train(make_run(short))
 
 
+@pytest.mark.parametrize("method", ["redo", "regrama", "reborn"])
+def test_methods_that_write_outgoing_weights_operate_on_hypernetworks(method: str) -> None:
+    learner = small_learner()
+    before = {name: value.clone() for name, value in learner.target.state_dict().items()}
+    criterion = {"redo": "dormant", "regrama": "grama", "reborn": "dormant"}[method]
+    (report,) = learn(learner, operations(learner, method=method, criterion=criterion, threshold=0.9), 3)
+    assert report.num_units and set(report.operated) <= set(QMIX_MIXER)
+    assert surgery.composites(learner.online).num_units == 0
+    assert all(torch.equal(value, before[name]) for name, value in learner.target.state_dict().items())
+
+
+def test_a_method_without_known_consumers_is_refused_with_the_reason() -> None:
+    with pytest.raises(SettingsError, match=r"redo writes the outgoing weights .*agent.encoder.0: .*or knife"):
+        operations(small_learner(), method="redo", criterion="dormant", parts=("agent",))
+
+
+@pytest.mark.parametrize("method", ["reset", "shrink_and_perturb", "reset_optimizer"])
+def test_methods_of_whole_layers_concern_the_layers_asked_for(method: str) -> None:
+    learner = small_learner()
+    plain: dict[str, torch.Tensor] = {}
+    operated: dict[str, torch.Tensor] = {}
+    for kept, settings in ((plain, {"method": "none"}), (operated, {"method": method, "layers": ("agent.head",)})):
+        learner = small_learner()
+        reports = learn(learner, operations(learner, **settings), 3)
+        kept |= {name: value.clone() for name, value in learner.online.state_dict().items()}
+        assert len(reports) == (method != "none" and kept is operated)
+    changed = {name for name in plain if not torch.equal(plain[name], operated[name])}
+    assert changed == (set() if method == "reset_optimizer" else {"agent.head.weight", "agent.head.bias"})
+    head = learner.optimizer.state[dict(learner.online.named_parameters())["agent.head.weight"]]
+    assert (not head or not any(value.any() for value in head.values())) == (method != "shrink_and_perturb")
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [({"method": "redo", "retire": 5}, "only knife"), ({"method": "knife", "layers": ("agent",)}, "set parts")],
+)
+def test_options_of_other_methods_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SettingsError, match=complaint):
+        SurgerySettings(**settings)
+
+
 def test_a_mixer_without_units_of_its_own_cannot_be_operated_on() -> None:
     with pytest.raises(SettingsError, match="have no hidden units of their own"):
         operations(small_learner("vdn"), parts=("mixer",))

@@ -97,31 +97,6 @@ def test_no_operation_between_two_syncs_moves_the_loss_and_the_sync_makes_both_e
     assert gap(learner) == 0
 
 
-@pytest.mark.parametrize("targets", ["copied", "followed"])
-def test_scheduled_operations_move_no_loss_and_the_targets_follow(targets: str) -> None:
-    learner = lagging_learner()
-    schedule = surgery.Schedule(
-        learner.online,
-        learner.optimizer,
-        surgery.Random(0.5),
-        operate=surgery.Every(3),
-        cooldown=0,
-        mirrors=learner.target,
-    )
-    for _ in range(9):
-        learn(learner, 1)
-        before = values(learner)
-        schedule.step()
-        assert (values(learner) - before).abs().max() <= 1e-12
-    assert schedule.num_operations == 3
-    if targets == "copied":
-        copy_online(learner.target, learner.online)
-        assert_equal(learner.target, learner.online)
-    else:
-        follow(learner, lambda target, online: follow_online(target, online, rate=RATE))
-        assert gap(learner) <= 1e-12
-
-
 def test_operations_in_a_row_may_be_mirrored_at_once() -> None:
     learner = lagging_learner()
     before = values(learner)
@@ -144,6 +119,39 @@ def test_operations_that_were_undone_between_two_syncs_leave_targets_in_step() -
     learn(learner, 2)
     copy_online(learner.target, learner.online)
     assert_equal(learner.target, learner.online)
+
+
+def test_an_operation_undone_in_the_online_networks_alone_is_refused_at_the_sync() -> None:
+    learner = lagging_learner()
+    report = operate(learner)
+    surgery.undo(learner.online, report, optimizer=learner.optimizer)
+    with pytest.raises(CheckpointError, match=r"composite.* missing"):
+        copy_online(learner.target, learner.online)
+
+
+def test_the_report_of_mirroring_names_what_was_operated_on_undone_and_moved() -> None:
+    learner = lagging_learner()
+    report = surgery.knife(learner.online, surgery.Random(0.5), optimizer=learner.optimizer)
+    made = surgery.mirror(learner.online, onto=learner.target)
+    assert made.targets[0].made == report.operated
+    assert made.max_moved <= 1e-12
+    again = surgery.mirror(learner.online, onto=learner.target)
+    assert (again.num_units, again.num_taken_back) == (0, 0)
+    assert any("nothing to do" in note for note in again.notes)
+    surgery.undo(learner.online, report, optimizer=learner.optimizer)
+    undone = surgery.mirror(learner.online, onto=learner.target)
+    assert undone.targets[0].taken_back == report.operated
+    assert undone.num_units == 0
+
+
+def test_the_report_says_by_how_much_a_target_moved_that_shares_frozen_rows() -> None:
+    learner = lagging_learner()
+    report = surgery.knife(learner.online, surgery.Random(0.5), optimizer=learner.optimizer)
+    shared = surgery.mirror(learner.online, onto=learner.target, frozen="shared")
+    moved = shared.targets[0].moved
+    assert set(moved) == set(report.operated)
+    assert min(moved.values()) > 1e-6, "each site of the target lags behind"
+    assert any("gave up what they lagged behind" in note for note in shared.notes)
 
 
 Follow = Callable[[nn.Module, nn.Module], None]
@@ -175,6 +183,8 @@ FOLLOWING: dict[str, tuple[Follow, Frozen]] = {
 }
 """Each way in which targets follow, and whose frozen rows they need."""
 
+PARAMETERS_ALONE = [way for way, (_, frozen) in FOLLOWING.items() if frozen == "shared"]
+
 
 def follow(learner: Learner, update: Follow, num_updates: int = 50) -> None:
     for _ in range(num_updates):
@@ -193,7 +203,24 @@ def test_targets_come_to_the_online_networks_in_the_mode_for_their_update(way: s
     assert gap(learner) <= 1e-12
 
 
-@pytest.mark.parametrize("way", [way for way, (_, frozen) in FOLLOWING.items() if frozen == "shared"])
+@pytest.mark.parametrize("way", FOLLOWING)
+def test_targets_follow_on_where_an_operation_is_undone_after_they_moved(way: str) -> None:
+    learner = lagging_learner()
+    update, frozen = FOLLOWING[way]
+    operate(learner, frozen=frozen)
+    learn(learner, 2)
+    report = operate(learner, frozen=frozen)
+    update(learner.target, learner.online)
+    learn(learner, 2)
+    surgery.undo(learner.online, report, optimizer=learner.optimizer)
+    surgery.mirror(learner.online, onto=learner.target, frozen=frozen)
+    assert list(learner.target.state_dict()) == list(learner.online.state_dict())
+    learn(learner, 2)
+    follow(learner, update)
+    assert gap(learner) <= 1e-12
+
+
+@pytest.mark.parametrize("way", PARAMETERS_ALONE)
 def test_frozen_rows_of_its_own_leave_a_target_behind_whose_parameters_alone_follow(way: str) -> None:
     learner = lagging_learner()
     operate(learner, frozen="own")
@@ -202,6 +229,56 @@ def test_frozen_rows_of_its_own_leave_a_target_behind_whose_parameters_alone_fol
     assert gap(learner) > 1e-4
     with pytest.raises(surgery.MirrorError):  # and the next operation finds it
         operate(learner, frozen="own")
+
+
+def scheduled(learner: Learner, *, frozen: Frozen) -> surgery.Schedule:
+    return surgery.Schedule(
+        learner.online,
+        learner.optimizer,
+        surgery.Random(0.5),
+        operate=surgery.Every(3),
+        cooldown=0,
+        mirrors=learner.target,
+        frozen=frozen,
+    )
+
+
+@pytest.mark.parametrize("way", FOLLOWING)
+def test_scheduled_operations_move_no_loss_of_targets_with_rows_of_their_own_and_all_targets_follow(way: str) -> None:
+    learner = lagging_learner()
+    update, frozen = FOLLOWING[way]
+    schedule = scheduled(learner, frozen=frozen)
+    for _ in range(9):
+        learn(learner, 1)
+        before = values(learner)
+        schedule.step()
+        moved = (values(learner) - before).abs()
+        assert (moved if frozen == "own" else moved[: len(moved) // 2]).max() <= 1e-12
+    assert schedule.num_operations == 3
+    follow(learner, update)
+    assert gap(learner) <= 1e-12
+    if way == "copy_online":
+        assert_equal(learner.target, learner.online)
+
+
+@pytest.mark.parametrize("way", PARAMETERS_ALONE)
+def test_a_schedule_in_the_wrong_mode_stops_at_the_next_operation_and_leaves_both_networks_be(way: str) -> None:
+    learner = lagging_learner()
+    schedule = scheduled(learner, frozen="own")
+    with pytest.raises(surgery.MirrorError, match="frozen='shared'"):
+        for _ in range(6):
+            learn(learner, 1)
+            before = copies(learner)
+            schedule.step()
+            follow(learner, FOLLOWING[way][0], 1)
+    assert schedule.num_operations == 1
+    assert all(map(torch.equal, before, copies(learner)))
+
+
+def copies(learner: Learner) -> list[Tensor]:
+    """Every tensor of both networks, as it is now."""
+    states = (networks.state_dict() for networks in (learner.online, learner.target))
+    return [value.clone() for state in states for value in state.values()]
 
 
 @pytest.mark.parametrize("frozen", ["own", "shared"])
@@ -216,8 +293,8 @@ def test_frozen_rows_of_the_online_networks_move_a_target_at_the_operation(froze
 def test_a_target_that_was_not_mirrored_is_refused_at_the_sync_before_anything_changes() -> None:
     learner = lagging_learner()
     surgery.knife(learner.online, surgery.Units({"agent.encoder.0": [1]}))
-    before = [tensor.clone() for tensor in learner.target.state_dict().values()]
+    before = copies(learner)
     for update in (copy_online, lambda target, online: follow_online(target, online, rate=0.5)):
         with pytest.raises(CheckpointError, match=r"agent\.encoder\.0\.composite"):
             update(learner.target, learner.online)
-    assert all(torch.equal(one, other) for one, other in zip(before, learner.target.state_dict().values(), strict=True))
+    assert all(map(torch.equal, before, copies(learner)))

@@ -210,6 +210,13 @@ def test_reset_of_a_head_takes_what_was_injected_away(kind: str) -> None:
     assert type(model.head) is type(HEADS[kind]())
 
 
+def test_what_is_no_site_for_an_injection_says_so() -> None:
+    model, _ = injected("sequential")
+    declined = surgery.discover(model).declined
+    assert declined["head.0"] == "part of a module that plasticity_injection added copies to"
+    assert declined["head.0.injection.knowledge.0"] == "a frozen copy of plasticity_injection"
+
+
 def test_forward_keeps_its_signature() -> None:
     model, _ = injected("own")
     assert inspect.signature(model.head.forward) == inspect.signature(Own().forward)

@@ -14,6 +14,7 @@ from torch import Tensor, nn, optim
 from neuronsurgery import surgery
 from neuronsurgery.errors import DrawError, ModelError, OptimizerError
 from neuronsurgery.pytorch.forgetting import forget
+from neuronsurgery.pytorch.optimizers import young_rows
 from neuronsurgery.pytorch.transaction import Overwrite, run
 from tests.optimizer_rows import COUPLED, EXACT, REFUSED, SHAPE, Make, gradient, library_warnings
 
@@ -442,6 +443,35 @@ def test_a_kernel_that_reads_all_states_at_once_and_a_rate_in_a_tensor_are_serve
     assert reset_beside(make) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("cls", [optim.Adam, optim.NAdam])
+def test_young_rows_of_a_parameter_that_forgets_are_forgotten(cls: Any) -> None:
+    model = hand_made()
+    optimizer = cls(model.parameters(), lr=0.1)
+    trained(model, optimizer)
+    surgery.knife(model, surgery.Units({"0": [1]}), optimizer=optimizer)
+    assert model[0].weight in young_rows(optimizer)
+    surgery.reset_optimizer(model, "0", optimizer=optimizer)
+    assert not young_rows(optimizer)
+    trained(model, optimizer)
+    assert optimizer.state[model[0].weight]["step"] == 3
+
+
+def test_copies_that_a_wrapper_keeps_in_the_optimizers_own_state_follow() -> None:
+    parameter = nn.Parameter(weights(1))
+    optimizer = optim.SGD([parameter], lr=0.1, momentum=0.9)
+    step(optimizer, [parameter], 0)
+    optimizer.state[parameter]["slow_buffer"] = weights(1)
+    run([Overwrite(parameter, weights(2)), *forget([optimizer], [parameter])])
+    state = optimizer.state[parameter]
+    assert torch.equal(state["slow_buffer"], weights(2))
+    assert not state["momentum_buffer"].any()
+
+
+def copies(optimizer: Any, parameter: nn.Parameter) -> list[Tensor]:
+    states = optimizer.state[parameter] | optimizer.optimizer.state[parameter]
+    return [entry for entry in states.values() if isinstance(entry, Tensor) and entry.shape == parameter.shape]
+
+
 @pytest.mark.situation("Optimizers", "Lookahead, layers reset", "works")
 @pytest.mark.usefixtures("_warnings_of_libraries")
 def test_slow_weights_follow_a_reset_and_a_shrinking() -> None:
@@ -450,8 +480,27 @@ def test_slow_weights_follow_a_reset_and_a_shrinking() -> None:
     model = hand_made()
     optimizer = pytorch_optimizer.Lookahead(optim.SGD(model.parameters(), lr=0.1), k=100)
     trained(model, optimizer)
+    (slow,) = copies(optimizer, model[0].weight)
+    before = slow.clone()
     surgery.reset(model, "2", optimizer=optimizer)
     surgery.shrink_and_perturb(model, "0", shrink=0.5, perturb=0.0, optimizer=optimizer)
-    slow = optimizer.state[model[2].weight] | optimizer.optimizer.state[model[2].weight]
-    copies = [entry for entry in slow.values() if isinstance(entry, Tensor) and entry.numel() == 2]
-    assert any(torch.equal(model[2].weight, each) for each in copies)
+    assert any(torch.equal(model[2].weight, each) for each in copies(optimizer, model[2].weight))
+    assert torch.equal(copies(optimizer, model[0].weight)[0], 0.5 * before)
+
+
+@pytest.mark.situation("Optimizers", "SGDScheduleFree, a scaled head", "works")
+def test_averages_of_a_schedule_free_optimizer_are_scaled_with_the_weights() -> None:
+    import schedulefree
+
+    model = hand_made()
+    optimizer = schedulefree.SGDScheduleFree(model.parameters(), lr=0.1)
+    optimizer.train()
+    trained(model, optimizer)
+    twin, other = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    surgery.scale_head(model, 0.5, "2", optimizer=optimizer)
+    optimizer.eval()
+    averages = schedulefree.SGDScheduleFree(twin.parameters(), lr=0.1)
+    averages.load_state_dict(other)
+    averages.eval()
+    assert torch.allclose(model[2].weight, 0.5 * twin[2].weight)
+    assert torch.equal(model[0].weight, twin[0].weight)
