@@ -135,6 +135,7 @@ class Backend(Protocol):
         plan: Plan,
         *,
         optimizer: Any = None,
+        retire: int | None = None,
         init: Any = None,
         verify: Any = None,
         generator: Any = None,

@@ -39,6 +39,8 @@ class Member(Value):
     """The operation that made it."""
     births: tuple[int, ...]
     """The optimizer step of each row-wise parameter (weight, bias ...) at that operation; -1: not counted."""
+    retire: int = 0
+    """Over how many optimizer steps it fades to zero; 0: it stays."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Rows:
     """The frozen rows of a bank, in the order in which they were added; all arrays int64 of shape (num_rows,).
 
     `births` is (num_rows, num_parameters): the optimizer step of each row-wise parameter (weight, bias ...) when the
-    slot was renewed, -1 where no optimizer was given.
+    slot was renewed, -1 where no optimizer was given. `retire`: over how many steps a row fades to zero, 0: it stays.
 
     Example:
         >>> rows = Rows.empty(num_parameters=2).extended([3], operation=1, births=[[7, 7]])
@@ -97,17 +99,18 @@ class Rows:
     unit: Integers
     operation: Integers
     births: Integers
+    retire: Integers
 
     @staticmethod
     def empty(num_parameters: int) -> Rows:
         """No rows, for a producer with so many row-wise parameters."""
         none = np.zeros(0, np.int64)
-        return Rows(none, none, none, np.zeros((0, num_parameters), np.int64))
+        return Rows(none, none, none, np.zeros((0, num_parameters), np.int64), none)
 
     def __len__(self) -> int:
         return len(self.sign)
 
-    def extended(self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]]) -> Rows:
+    def extended(self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]], retire: int = 0) -> Rows:
         """These rows, and a knowledge and a compensation row for each unit (all knowledge rows first)."""
         chosen = np.asarray(units, np.int64)
         born = np.asarray(births, np.int64).reshape(len(chosen), self.births.shape[1])
@@ -117,6 +120,7 @@ class Rows:
             np.concatenate([self.unit, chosen, chosen]),
             np.concatenate([self.operation, operation * ones, operation * ones]),
             np.concatenate([self.births, born, born]),
+            np.concatenate([self.retire, retire * ones, retire * ones]),
         )
 
     def of_operation(self, operation: int) -> NDArray[np.bool_]:
@@ -125,7 +129,17 @@ class Rows:
 
     def kept(self, mask: NDArray[np.bool_]) -> Rows:
         """The rows where the mask is true."""
-        return Rows(self.sign[mask], self.unit[mask], self.operation[mask], self.births[mask])
+        return Rows(self.sign[mask], self.unit[mask], self.operation[mask], self.births[mask], self.retire[mask])
+
+    @property
+    def can_fade(self) -> bool:
+        """Whether any row fades, or has faded."""
+        return bool(self.retire.any())
+
+    def fading_by(self, column: int) -> NDArray[np.bool_]:
+        """Mask of the rows whose fade is counted by one parameter's owner: the first that counted at their birth."""
+        is_first = (self.births[:, column] >= 0) & (self.births[:, :column] < 0).all(axis=1)
+        return np.asarray((self.retire > 0) & is_first)
 
     def members(self) -> tuple[Member, ...]:
         """The rows one by one."""
@@ -135,8 +149,11 @@ class Rows:
                 int(unit),
                 int(operation),
                 tuple(map(int, births)),
+                int(retire),
             )
-            for sign, unit, operation, births in zip(self.sign, self.unit, self.operation, self.births, strict=True)
+            for sign, unit, operation, births, retire in zip(
+                self.sign, self.unit, self.operation, self.births, self.retire, strict=True
+            )
         )
 
     def latest(self) -> dict[int, int]:
@@ -159,6 +176,25 @@ class Rows:
         found[unit[place == 0]] = num_units + row[place == 0]
         return found
 
+    def references(self, num_units: int) -> Integers | None:
+        """Where rows fade: what makes up each unit's reference, into [slots, rows], (num_terms, num_units); else None.
+
+        Each unit's knowledge rows, oldest first, then its slot: what one of them gives up as it fades goes to the next,
+        so that neither an operation nor the end of a fade moves what a coupling normalization measures.
+
+        Example:
+            >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]], retire=10)
+            >>> rows.references(num_units=2).tolist()
+            [[0, 2], [0, 1], [0, 1]]
+        """
+        if not self.can_fade:
+            return None
+        unit, place, row = _ranked(self, KNOWLEDGE)
+        depth = capacity(1 + int(place.max()), smallest=2)
+        found = np.tile(np.arange(num_units), (depth + 1, 1))
+        found[place, unit] = num_units + row
+        return found
+
     def fingerprint(self, num_units: int) -> NDArray[np.float32]:
         """Four numbers from 1 to 2 that tell how rows are summed into units: banks that sum differently differ in them.
 
@@ -174,13 +210,15 @@ class Rows:
         return (1 + np.frombuffer(digest[:16], "<u4") / 2**32).astype(np.float32)
 
     def encoded(self) -> Integers:
-        """All of it as one int64 table (num_rows, 3 + num_parameters), for a checkpoint."""
-        return np.concatenate([np.stack([self.sign, self.unit, self.operation], axis=1), self.births], axis=1)
+        """All of it as one int64 table (num_rows, 4 + num_parameters), for a checkpoint."""
+        first = np.stack([self.sign, self.unit, self.operation], axis=1)
+        return np.concatenate([first, self.births, self.retire[:, None]], axis=1)
 
     @staticmethod
     def decoded(table: Integers) -> Rows:
         """The inverse of `encoded`."""
-        return Rows(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].copy(), table[:, 3:].copy())
+        sign, unit, operation = (table[:, column].copy() for column in range(3))
+        return Rows(sign, unit, operation, table[:, 3:-1].copy(), table[:, -1].copy())
 
 
 def room_for(num_rows: int, num_units: int) -> int:

@@ -145,6 +145,7 @@ def knife(
     sites: Iterable[str] | None = None,
     max_growth: float = MAX_GROWTH,
     cooldown: int = COOLDOWN,
+    retire: int | None = None,
     init: Any = None,
     verify: Any = None,
     generator: Any = None,
@@ -160,6 +161,8 @@ def knife(
         sites: names of the only sites to consider. Naming a range-bearing site accepts it. None: all that are safe.
         max_growth: the bound on a site's live frozen rows, as a multiple of its width.
         cooldown: how many optimizer steps after its last operation a unit is passed over; counted with `optimizer=`.
+        retire: over how many optimizer steps the frozen members that this operation adds fade to zero, linearly; it
+            needs `optimizer=`. Then they are inert, and the next `consolidate` removes them. None: they stay.
         init: fills a fresh weight of the layer's shape in place, as `torch.nn.init` functions do; biases start at
             zero. None: the layer's own `reset_parameters`.
         verify: a batch (a tensor, a tuple of arguments, a dictionary of keywords) on which the whole model is compared
@@ -194,7 +197,8 @@ def knife(
         generator=generator,
     )
     chosen = plan(selection, max_growth=max_growth)
-    return backend.operate(model, chosen, optimizer=optimizer, init=init, verify=verify, generator=generator)
+    how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
+    return backend.operate(model, chosen, **how)
 
 
 def redo(
@@ -722,6 +726,7 @@ def operate(
     plan: Plan,
     optimizer: Any = None,
     *,
+    retire: int | None = None,
     init: Any = None,
     verify: Any = None,
     generator: Any = None,
@@ -732,6 +737,7 @@ def operate(
         model: the model the plan was made for, or one of the same structure.
         plan: what to operate on.
         optimizer: the model's optimizer, or several; the operated rows get the state of fresh ones.
+        retire: as for `knife`.
         init: as for `knife`.
         verify: as for `knife`.
         generator: as for `knife`.
@@ -741,7 +747,8 @@ def operate(
         EquivalenceError: an output moved beyond the tolerance of its dtype.
         OptimizerError: an optimizer owns none of the parameters, or its state couples rows.
     """
-    return _backend(model).operate(model, plan, optimizer=optimizer, init=init, verify=verify, generator=generator)
+    how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
+    return _backend(model).operate(model, plan, **how)
 
 
 def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
@@ -750,7 +757,8 @@ def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
     What the active members learned since is gone. Their rows get the optimizer state of fresh ones.
 
     Raises:
-        UndoError: a later operation intervened on one of the units (undo that one first), or it is not in the model.
+        UndoError: a later operation intervened on one of the units (undo that one first), its frozen rows have begun to
+            fade, or it is not in the model.
     """
     return _backend(model).undo(model, report, optimizer=optimizer)
 

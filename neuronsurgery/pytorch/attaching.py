@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from neuronsurgery.errors import SiteError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fading import fades_followed
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sites import discover
@@ -64,6 +65,7 @@ def resumed(place: Place, optimizers: Sequence[Optimizer]) -> Later:
         yield from _clock_changes(place, optimizers)
         yield FollowClocks(place, optimizers, anew=False)
         yield from _birth_changes(place, optimizers)
+        yield from fades_followed(place, optimizers)
 
     return Later(changes)
 

@@ -23,7 +23,7 @@ from neuronsurgery.pytorch.products import Contraction, Product
 from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
-from neuronsurgery.pytorch.unitwise import Kind, laid_out_as
+from neuronsurgery.pytorch.unitwise import Kind, along, laid_out_as
 
 __all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
 
@@ -139,7 +139,13 @@ def _table(name: str) -> Any:
     return property(read, write)
 
 
-_GROWING_AXES: dict[str, tuple[int, ...]] = {"order": (0, 1), "source": (), "units": (0,), "reference": ()}
+_GROWING_AXES: dict[str, tuple[int, ...]] = {
+    "order": (0, 1),
+    "source": (),
+    "units": (0,),
+    "reference": (),
+    "references": (0,),
+}
 
 
 class Composite(nn.Module):
@@ -149,16 +155,19 @@ class Composite(nn.Module):
     path's own tensors `frozen_path_<i>` (capacity, ...), copies of parameters, and `running_path_<i>`, statistics that
     each row keeps. Where a producer computes its weight from several parameters, `frozen_weight` is the first of them,
     and each other has a `frozen_<name>` (capacity, *its_row_shape). Unused rows repeat the first and are never read.
+    `fade` (capacity,) float is what rows that retire are multiplied by, None where none does; it falls with each step.
     `fingerprint` (4,) float32 is not saved: stacked with those of other models it tells whether they are summed alike.
     """
 
     frozen_weight: Tensor
     frozen_bias: Tensor | None
+    fade: Tensor | None
     fingerprint: Tensor
     order = _table("order")
     source = _table("source")
     units = _table("units")
     reference = _table("reference")
+    references = _table("references")
 
     def __init__(
         self,
@@ -168,6 +177,7 @@ class Composite(nn.Module):
         rows: Rows,
         values: Sequence[Tensor | None],
         recipe: Recipe | None = None,
+        fade: Tensor | None = None,
     ):
         super().__init__()
         self.product, self.path, self.num_units = product, path, num_units
@@ -178,7 +188,24 @@ class Composite(nn.Module):
         self.fixed_tables: dict[str, Tensor | None] = {}
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
+        self.register_buffer("fade", None)
+        self._fade_as(rows, fade)
         self._tabulate()
+
+    def _fade_as(self, rows: Rows, fade: Tensor | None = None) -> None:
+        """Have a fade where rows can fade, and none elsewhere; `fade` (num_rows,) is that of now, None: not begun."""
+        if not rows.can_fade:
+            self.fade = None
+        elif fade is not None:
+            self.fade = _padded(fade, len(self.frozen_weight))
+        elif self.fade is None or len(self.fade) != len(self.frozen_weight):
+            self.fade = torch.ones(len(self.frozen_weight), device=self.frozen_weight.device)
+
+    def live_fade(self) -> Tensor:
+        """What the rows in use are multiplied by, (num_rows,): ones where none retires."""
+        if self.fade is None:
+            return torch.ones(len(self.rows), device=self.frozen_weight.device)
+        return self.fade[: len(self.rows)]
 
     def buffer_names(self) -> tuple[str, ...]:
         """The buffers with one value a row: weight, bias, the path's parameters, and what else weights come from."""
@@ -193,6 +220,7 @@ class Composite(nn.Module):
             "source": layout.source,
             "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
             "reference": rows.reference(self.num_units),
+            "references": rows.references(self.num_units),
         }
         device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
@@ -203,7 +231,7 @@ class Composite(nn.Module):
         self.register_buffer("fingerprint", fingerprint, persistent=False)
         for name, value in self.tables(self.rows).items():
             setattr(self, name, value)
-        for name in self.buffer_names():
+        for name in (*self.buffer_names(), "fade"):
             _let_grow(self._buffers[name], 0)
 
     def _stored(self, name: str) -> Any:
@@ -270,6 +298,18 @@ class Composite(nn.Module):
     def entered(self, index: int, link: Coupling, slots: Tensor, rows: Tensor, path: UnitPath | None = None) -> Tensor:
         """What the operation of a coupling link receives in the slots' place."""
         return link.enter(self, slots, rows, self.axis(index, rows, path))
+
+    def referred(self, slots: Tensor, rows: Tensor, axis: int) -> Tensor:
+        """The reference, of the slots' shape: each operated unit's first knowledge row, or what it is fading into."""
+        values = torch.cat([slots, rows], axis)
+        if self.references is None:
+            return values.index_select(axis, self.reference.to(slots.device))
+        terms = self.references.to(slots.device)
+        fade = self._stored("fade").to(slots.dtype)
+        left = torch.cat([fade.new_ones(self.num_units), fade])[terms]
+        shares = left * torch.cat([torch.ones_like(left[:1]), 1 - left[:-1]]).cumprod(0)
+        values = values.index_select(axis, terms.reshape(-1)).unflatten(axis, terms.shape)  # type: ignore[no-untyped-call]
+        return (values * shares.reshape(*terms.shape, *[1] * (-axis - 1))).sum(axis - 1)
 
     def together(
         self,
@@ -370,7 +410,8 @@ class Composite(nn.Module):
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:
         """As `assemble`, of slots and rows that have their units on one axis."""
         check_stacked(self.fingerprint, self.site)
-        values = torch.cat([h, rows], axis)
+        fade = self._stored("fade")
+        values = torch.cat([h, rows if fade is None else rows * along(fade.to(rows.dtype), axis)], axis)
         num_terms, num_columns = self.order.shape
         terms = values.index_select(axis, self.order.to(h.device).reshape(-1))
         terms = terms.unflatten(axis, (num_terms, num_columns))  # type: ignore[no-untyped-call]
@@ -406,6 +447,7 @@ class Composite(nn.Module):
         if len(found.rows) > len(self.frozen_weight):
             raise StateError(self._other_structure(found))
         self.rows, self.clocks = found.rows, _set_back(self.clocks, found.counts)
+        self._fade_as(self.rows)
         self._tabulate()
 
     def fitting(self, found: Structure) -> Structure:
@@ -439,7 +481,7 @@ class Composite(nn.Module):
     ) -> None:
         """As torch does it, but whole or not at all: weights of one structure under another are no composites."""
         try:
-            self._check_loading({key.removeprefix(prefix): value for key, value in state_dict.items()})
+            self._load_into(self._check_loading({k.removeprefix(prefix): value for k, value in state_dict.items()}))
         except StateError as error:
             error_msgs.append(str(error))
             return
@@ -447,14 +489,21 @@ class Composite(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _check_loading(self, saved: Mapping[str, Any]) -> None:
-        """Refuse to load what would leave weights and structure apart.
+    def _load_into(self, rows: Rows) -> None:
+        """Have a fade if what is loaded has one: torch's loader copies into what is there."""
+        self._fade_as(rows)
+        if self.fade is not None and rows is not self.rows:
+            _let_grow(self.fade, 0)
+
+    def _check_loading(self, saved: Mapping[str, Any]) -> Rows:
+        """Refuse to load what would leave weights and structure apart, and return what rows there will be.
 
         Raises:
             StateError: a structure that cannot be read, weights that do not fit it, or one without the other.
         """
         own, state = self.structure, saved.get("_extra_state")
         tensors = {name: value for name in self.buffer_names() if (value := getattr(self, name)) is not None}
+        tensors |= {} if self.fade is None or "fade" not in saved else {"fade": self.fade}
         found = own if state is None or agrees(state, own) else self.fitting(decoded(state, self.label))
         is_same = np.array_equal(found.rows.encoded()[:, :3], own.rows.encoded()[:, :3])
         for name, value in tensors.items():
@@ -462,6 +511,7 @@ class Composite(nn.Module):
                 raise StateError(f"{self.label} is saved without '{name}', with a structure other than it has here")
             if name in saved and (not isinstance(saved[name], Tensor) or saved[name].shape != value.shape):
                 raise StateError(f"{self._other_structure(found)}; '{name}' is {_described(saved[name])}")
+        return found.rows
 
     def _other_structure(self, found: Structure) -> str:
         return (

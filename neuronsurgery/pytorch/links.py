@@ -51,6 +51,10 @@ class Table(Protocol):
         """Each row's unit's part of a tensor from elsewhere."""
         ...
 
+    def referred(self, slots: Tensor, rows: Tensor, axis: int) -> Tensor:
+        """The reference: each unit's slot, of an operated one its first knowledge row, or what that fades into."""
+        ...
+
 
 class Link(Protocol):
     """One operation on the path; `tensors` labels its own tensors, which have a value per unit, or one in all."""
@@ -328,7 +332,7 @@ class Norm(AxesAsTheyAre):
         """The reference: what the statistics are taken of."""
         if self.name == "group_norm":
             _check_axis(rows, axis, self.name)
-        return laid_out_as(torch.cat([slots, rows], axis).index_select(axis, table.reference.to(slots.device)), slots)
+        return laid_out_as(table.referred(slots, rows, axis), slots)
 
     def leave(
         self,

@@ -21,7 +21,17 @@ from neuronsurgery.pytorch.links import is_statistic
 from neuronsurgery.pytorch.offsets import differs
 from neuronsurgery.pytorch.places import Place, Slots
 
-__all__ = ["Key", "Renewal", "emptied_rows", "kept_operations", "key_rows", "own_rows", "shared_rows"]
+__all__ = [
+    "Key",
+    "Renewal",
+    "emptied_rows",
+    "fade_of",
+    "kept_operations",
+    "key_rows",
+    "own_rows",
+    "retired_operations",
+    "shared_rows",
+]
 
 Key = tuple[int, int]
 """Unit and operation."""
@@ -52,6 +62,7 @@ def kept_operations(target: Composite | None, model: Composite | None) -> set[Ke
     if target is None or model is None:
         return set()
     ours, theirs = key_rows(target.rows, -1), key_rows(model.rows, -1)
+    ours = {key: row for key, row in ours.items() if key not in retired_operations(target, model)}
     both = [key for key in ours if key in theirs]
     one = target.frozen_weight[[ours[key] for key in both]].flatten(1)
     other = model.frozen_weight[[theirs[key] for key in both]].flatten(1).to(one)
@@ -63,6 +74,39 @@ def kept_operations(target: Composite | None, model: Composite | None) -> set[Ke
                 break
             kept.add((unit, mine))
     return kept
+
+
+def retired_operations(target: Composite | None, model: Composite | None) -> set[Key]:
+    """The operations whose rows have begun to fade in the target and are gone from the model: it consolidated them.
+
+    There is nothing to take back. An operation whose rows have begun to fade cannot be undone.
+    """
+    if target is None or target.fade is None:
+        return set()
+    has_begun = (target.live_fade() < 1).tolist()
+    theirs = {} if model is None else key_rows(model.rows, -1)
+    return {key for key, row in key_rows(target.rows, -1).items() if has_begun[row] and key not in theirs}
+
+
+def fade_of(place: Place, source: Place, kept: set[Key], *, shares: bool) -> Tensor:
+    """The fade of the target's rows, (num_rows,), in the order of the model's.
+
+    One that shares the model's rows has its fade. Else kept rows go on from where they are in the target, and new ones
+    begin: so the output stays, until the fade is copied or averaged with everything else.
+    """
+    bank = source.bank
+    assert bank is not None
+    fade = bank.live_fade().to(place.weight.device, copy=True)
+    if shares:
+        return fade
+    fade.fill_(1.0)
+    if place.bank is not None:
+        ours = place.bank.live_fade()
+        for sign in (1, -1):
+            old, new = key_rows(place.bank.rows, sign), key_rows(bank.rows, sign)
+            for key in kept:
+                fade[new[key]] = ours[old[key]]
+    return fade
 
 
 def _agreeing(keys: list[Key], one: Tensor, other: Tensor) -> set[Key]:
@@ -85,7 +129,7 @@ def own_rows(place: Place, source: Place, kept: set[Key]) -> Renewal:
 
     Running statistics stay the slot's in all members, as at surgery.
     """
-    slots, taken = _taken_back(place, kept)
+    slots, taken = _taken_back(place, kept, source.bank)
     bank = source.bank
     assert bank is not None
     values = _rows_of(source, place)
@@ -112,7 +156,7 @@ def own_rows(place: Place, source: Place, kept: set[Key]) -> Renewal:
 
 def shared_rows(place: Place, source: Place, kept: set[Key]) -> Renewal:
     """Frozen rows are the model's, and so are the slots of units whose rows were others; they give up their lag."""
-    slots, taken = _taken_back(place, kept)
+    slots, taken = _taken_back(place, kept, source.bank)
     bank = source.bank
     assert bank is not None
     values = _rows_of(source, place)
@@ -136,19 +180,20 @@ def shared_rows(place: Place, source: Place, kept: set[Key]) -> Renewal:
 
 def emptied_rows(place: Place) -> Renewal:
     """The slots of a target of which the model has no composite unit any more."""
-    slots, taken = _taken_back(place, set())
+    slots, taken = _taken_back(place, set(), None)
     return Renewal(slots, [None for _ in slots], tuple(sorted(taken)))
 
 
-def _taken_back(place: Place, kept: set[Key]) -> tuple[list[Tensor | None], set[int]]:
+def _taken_back(place: Place, kept: set[Key], model: Composite | None) -> tuple[list[Tensor | None], set[int]]:
     """All units' slots with the operations taken back that are not kept, and their units: as `undo`, newest first."""
     slots = [None if slot is None else slot.rows().clone() for slot in place.slots]
     bank = place.bank
     if bank is None:
         return slots, set()
     earliest: dict[int, int] = {}
+    retired = retired_operations(bank, model)
     for (unit, operation), row in sorted(key_rows(bank.rows, 1).items(), reverse=True):
-        if (unit, operation) not in kept:
+        if (unit, operation) not in kept and (unit, operation) not in retired:
             earliest[unit] = row
     units, index = _index(list(earliest), place), _index(list(earliest.values()), place)
     for name, slot, rows in zip(bank.buffer_names(), place.slots, slots, strict=True):

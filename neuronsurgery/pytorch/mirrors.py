@@ -19,6 +19,7 @@ from neuronsurgery.errors import MirrorError, SiteError
 from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.pytorch.checking import MovedOutput, SameOutput, check_composite, moved_activations
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fading import Follow
 from neuronsurgery.pytorch.fitting import (
     banked_places,
     check_fit,
@@ -32,9 +33,11 @@ from neuronsurgery.pytorch.mirrored_rows import (
     Key,
     Renewal,
     emptied_rows,
+    fade_of,
     kept_operations,
     key_rows,
     own_rows,
+    retired_operations,
     shared_rows,
 )
 from neuronsurgery.pytorch.models import unwrap
@@ -149,21 +152,26 @@ def _prepare_site(prepared: Prepared, place: Place, source: Place | None, frozen
     """Add what one site needs; nothing where the target has it already."""
     bank = None if source is None else source.bank
     kept = kept_operations(place.bank, bank)
-    new, surplus = _but(bank, kept), _but(place.bank, kept)
+    retired = retired_operations(place.bank, bank)
+    new, surplus = _but(bank, kept), _but(place.bank, kept | retired)
     if surplus:
         check_mirrored(place, surplus)
     renewal = _renewal(place, source, kept, frozen)
     if bank is not None and not (new or surplus or renewal.units) and _in_one_order(place.bank, bank):
+        prepared.changes.append(Follow(place, bank, shares=frozen == "shared"))
         return
-    name, made = place.site.name, _bank(place, source, renewal)
-    if frozen == "own" and not surplus and made is not None:
+    name = place.site.name
+    made = _bank(place, source, renewal, kept, frozen)
+    if frozen == "own" and not (surplus or retired) and made is not None:
         prepared.moved[name] = check_composite(place, renewal.slots, made)
     else:
         prepared.moved[name] = moved_activations(place, renewal.slots, made)
     prepared.changes.extend(_slot_changes(place, renewal))
     prepared.changes.extend(take_down(place) if made is None else hang(place, made))
     if made is not None:
+        assert bank is not None
         prepared.changes.append(_mark(place, made, source, new))
+        prepared.changes.append(Follow(place, bank, shares=frozen == "shared"))
     for found, keys in ((prepared.made, new), (prepared.taken_back, surplus)):
         if keys:
             found[name] = tuple(sorted({unit for unit, _ in keys}))
@@ -185,12 +193,13 @@ def _renewal(place: Place, source: Place | None, kept: set[Key], frozen: Frozen)
     return own_rows(place, source, kept) if frozen == "own" else shared_rows(place, source, kept)
 
 
-def _bank(place: Place, source: Place | None, renewal: Renewal) -> Composite | None:
+def _bank(place: Place, source: Place | None, renewal: Renewal, kept: set[Key], frozen: Frozen) -> Composite | None:
     """A bank of the target's own, with the model's structure: equal row by row, so that state dicts correspond."""
     if source is None or source.bank is None:
         return None
     rows = source.bank.rows
-    bank = Composite(place.product, place.path, place.site.num_units, rows, renewal.values, place.recipe)
+    fade = fade_of(place, source, kept, shares=frozen == "shared")
+    bank = Composite(place.product, place.path, place.site.num_units, rows, renewal.values, place.recipe, fade)
     bank.site = place.site.name
     bank.train(place.owners[0][0].training)
     return bank

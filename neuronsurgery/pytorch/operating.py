@@ -24,6 +24,7 @@ from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
+from neuronsurgery.pytorch.fading import check_retire, fades_followed, require_counted
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.offsets import refuse_offsets
@@ -45,6 +46,7 @@ def operate(
     plan: Plan,
     *,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    retire: int | None = None,
     init: Init | None = None,
     verify: Any = None,
     generator: torch.Generator | None = None,
@@ -54,6 +56,7 @@ def operate(
     check_drawing(init, generator)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
+    check_retire(retire)
     check_banks_in_place(discovery)
     check_paths(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
@@ -66,7 +69,7 @@ def operate(
     with generator_kept(generator):
         seed = seed_for(generator, operation)
         grafts = [
-            graft(discovery.places[name], units, operation, optimizers, init, seed)
+            graft(discovery.places[name], units, Operation(operation, optimizers, init, seed, retire or 0))
             for name, units in plan.units.items()
             if units
         ]
@@ -132,13 +135,26 @@ class Graft:
     notes: list[str]
 
 
-def graft(
-    place: Place, units: Sequence[int], operation: int, optimizers: Optimizers, init: Init | None, seed: int
-) -> Graft:
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """What is the same for all sites of an operation; `retire`: over how many steps its rows fade, 0: they stay."""
+
+    number: int
+    optimizers: Optimizers
+    init: Init | None
+    seed: int
+    retire: int
+
+
+def graft(place: Place, units: Sequence[int], operation: Operation) -> Graft:
     """Prepare an operation on one site: nothing is changed yet."""
+    optimizers = operation.optimizers
+    births = _births(place, optimizers)
+    if operation.retire:
+        require_counted(place, births)
     chosen = torch.tensor(units, dtype=torch.long, device=place.weight.device)
-    fresh, drawing_notes = draw(place, chosen, init, seed)
-    bank = _extended_bank(place, chosen, fresh, operation, _births(place, optimizers))
+    fresh, drawing_notes = draw(place, chosen, operation.init, operation.seed)
+    bank = _extended_bank(place, chosen, fresh, operation, births)
     bank.train(place.owners[0][0].training)
     error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
@@ -148,6 +164,7 @@ def graft(
             changes += optimizer_state.start_clocks(optimizers, parameter)
             notes += optimizer_state.notes(optimizers, parameter)
     changes.append(FollowClocks(place, optimizers))
+    changes += fades_followed(place, optimizers) if bank.rows.can_fade else []
     return Graft(place, changes, error, notes)
 
 
@@ -159,12 +176,12 @@ def _births(place: Place, optimizers: Optimizers) -> list[int]:
 
 
 def _extended_bank(
-    place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: int, births: list[int]
+    place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: Operation, births: list[int]
 ) -> Composite:
     """A bank with a knowledge and a compensation row for each unit appended."""
     old = place.bank
     structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
-        units.tolist(), operation, [births] * len(units)
+        units.tolist(), operation.number, [births] * len(units), operation.retire
     )
     values: list[Tensor | None] = []
     for name, slots, drawn in zip(place.buffer_names, place.slots, fresh, strict=True):
@@ -175,7 +192,9 @@ def _extended_bank(
         compensation = knowledge if drawn is None else drawn
         frozen = [] if old is None else [old.live(name)]
         values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
-    bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe)
+    faded = torch.ones(0, device=units.device) if old is None else old.live_fade()
+    fade = torch.cat([faded, faded.new_ones(2 * len(units))])
+    bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
 
@@ -281,6 +300,11 @@ def check_undo(report: Report, discovery: Discovery) -> None:
                 f"operation {report.operation} on {name!r} is not in this model: it was undone, consolidated, or "
                 "done on another model"
             )
+        if bool((bank.live_fade()[torch.from_numpy(bank.rows.of_operation(report.operation))] < 1).any()):
+            raise UndoError(
+                f"the frozen rows of operation {report.operation} on {name!r} have begun to fade (retire=), and what they "
+                "were is gone with them; load a checkpoint of before"
+            )
         later = [unit for unit in units if bank.rows.latest()[unit] != report.operation]
         if later:
             raise UndoError(
@@ -309,7 +333,8 @@ def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Op
         return
     keep = torch.from_numpy(np.flatnonzero(~mask)).to(place.weight.device)
     values = [None if value is None else value.index_select(0, keep) for value in live]
-    smaller = Composite(place.product, place.path, place.site.num_units, kept, values, place.recipe)
+    fade = bank.live_fade()[keep]
+    smaller = Composite(place.product, place.path, place.site.num_units, kept, values, place.recipe, fade)
     yield from hang(place, smaller)
 
 

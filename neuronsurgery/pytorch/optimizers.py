@@ -45,6 +45,7 @@ __all__ = [
     "birth_step",
     "births",
     "check_owners",
+    "counting_owners",
     "current_step",
     "lacks_corrections",
     "notes",
@@ -132,6 +133,13 @@ def age_clock(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int |
         return _step(counting, parameter)
     # Of several clocks the one ahead, so that starting another one later takes nothing back.
     return max((CLOCKS[optimizer].num_steps for optimizer in owners if optimizer in CLOCKS), default=None)
+
+
+def counting_owners(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Optimizer]:
+    """Return the owners by whose count `age_clock` goes: the first that counts, else all that a clock counts for."""
+    owners = [optimizer for optimizer, _ in _owners(optimizers, parameter)]
+    counting = next((optimizer for optimizer in owners if _counts(optimizer, parameter)), None)
+    return owners if counting is None else [counting]
 
 
 def birth_step(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> int | None:

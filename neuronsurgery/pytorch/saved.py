@@ -148,7 +148,8 @@ def bank_for(place: Place, path: str, structure: Structure, entries: Entries) ->
         StateError: a tensor is missing, or has another shape than the place's rows have, or there is one too many.
     """
     values = list(_frozen_rows(place, path, structure, entries))
-    bank = Composite(place.product, place.path, place.site.num_units, structure.rows, values, place.recipe)
+    fade = _fade(place, path, structure, entries)
+    bank = Composite(place.product, place.path, place.site.num_units, structure.rows, values, place.recipe, fade)
     bank.site = place.site.name
     bank.set_extra_state(structure.encoded())  # the counts
     bank.train(place.owners[0][0].training)
@@ -156,7 +157,7 @@ def bank_for(place: Place, path: str, structure: Structure, entries: Entries) ->
 
 
 def _frozen_rows(place: Place, path: str, structure: Structure, entries: Entries) -> Iterator[Tensor | None]:
-    strange = sorted(set(entries) - {*place.buffer_names, EXTRA})
+    strange = sorted(set(entries) - {*place.buffer_names, "fade", EXTRA})
     if strange:
         raise StateError(
             f"the bank at '{path}' holds {', '.join(strange)}, which a bank of '{place.site.name}' has no use for: it "
@@ -173,6 +174,14 @@ def _frozen_rows(place: Place, path: str, structure: Structure, entries: Entries
         shape = slots.take(torch.zeros(1, dtype=torch.long, device=slots.tensor.device)).shape[1:]
         kept = _check_rows(f"{path}.{name}", value, num_rows, shape)
         yield kept.to(slots.tensor.dtype) if slots.tensor.is_meta else kept.to(slots.tensor)
+
+
+def _fade(place: Place, path: str, structure: Structure, entries: Entries) -> Tensor | None:
+    """How far the rows have faded, None where none can."""
+    if not structure.rows.can_fade:
+        return None
+    kept = _check_rows(f"{path}.fade", entries.get("fade"), len(structure.rows), torch.Size())
+    return kept if place.weight.is_meta else kept.to(place.weight.device)
 
 
 def _check_rows(name: str, value: Any, num_rows: int, shape: torch.Size) -> Tensor:

@@ -3,7 +3,7 @@
 Which unit a frozen row belongs to, its sign, its operation and its births are no weights: arithmetic on them would
 corrupt a model silently. They are saved beside the weights, as a module's extra state, and checked on the way back.
 
-    [MARK, FORMAT, num_units, num_rows, num_columns, *counts (num_columns), *table (num_rows, 3 + num_columns)]
+    [MARK, FORMAT, num_units, num_rows, num_columns, *counts (num_columns), *table (num_rows, 4 + num_columns)]
 
 A column is a row-wise parameter (weight, bias ...). Its count is what the clock of its optimizer stood at, -1 where
 the optimizer counts its steps itself or nothing does: so ages outlive the process.
@@ -23,7 +23,7 @@ from neuronsurgery.errors import StateError
 
 __all__ = ["FORMAT", "MARK", "Structure", "agrees", "decoded", "is_structure"]
 
-FORMAT = 2
+FORMAT = 3
 MARK = 2771790
 """The first number of every structure; exact in float32, so that an average of two equal ones can be told."""
 
@@ -63,7 +63,7 @@ def decoded(state: Any, bank: str) -> Structure:
             f"the saved structure of {bank} has format {numbers[1]}, this version reads format {FORMAT}: {newer}"
         )
     num_units, num_rows, num_columns = map(int, numbers[2:_HEAD])
-    width = 3 + num_columns
+    width = 4 + num_columns
     if min(num_units, num_rows) < 1 or num_columns < 0 or numbers.size != _HEAD + num_columns + num_rows * width:
         raise StateError(
             f"the saved structure of {bank} has {numbers.size} numbers, where {num_rows} frozen rows with "
@@ -89,7 +89,7 @@ def agrees(state: Any, own: Structure) -> bool:
     tolerance = 4 * torch.finfo(state.dtype).eps * expected.abs().clamp(min=1.0)
     is_same = (state.detach().cpu().double() - expected).abs() <= tolerance
     start = _HEAD + len(own.counts)
-    table = is_same[start:].reshape(len(own.rows), 3 + len(own.counts))
+    table = is_same[start:].reshape(len(own.rows), 4 + len(own.counts))
     return bool(is_same[:_HEAD].all() and table[:, :3].all())
 
 
