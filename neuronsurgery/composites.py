@@ -110,7 +110,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sign)
 
-    def extended(self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]], retire: int = 0) -> Rows:
+    def extended(
+        self, units: Sequence[int], operation: int, births: Sequence[Sequence[int]], retire: int = 0
+    ) -> Rows:
         """These rows, and a knowledge and a compensation row for each unit (all knowledge rows first)."""
         chosen = np.asarray(units, np.int64)
         born = np.asarray(births, np.int64).reshape(len(chosen), self.births.shape[1])

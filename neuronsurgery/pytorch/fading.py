@@ -36,9 +36,7 @@ def check_retire(retire: int | None) -> None:
         PlanError: it is none.
     """
     if retire is not None and (isinstance(retire, bool) or not isinstance(retire, int) or retire < 1):
-        raise PlanError(
-            f"retire is {retire!r}; it is a number of optimizer steps, at least 1, or None to keep the rows"
-        )
+        raise PlanError(f"retire is {retire!r}; it is a number of optimizer steps, at least 1, or None to keep the rows")
 
 
 def require_counted(place: Place, births: Sequence[int]) -> None:

@@ -193,7 +193,9 @@ def _renewal(place: Place, source: Place | None, kept: set[Key], frozen: Frozen)
     return own_rows(place, source, kept) if frozen == "own" else shared_rows(place, source, kept)
 
 
-def _bank(place: Place, source: Place | None, renewal: Renewal, kept: set[Key], frozen: Frozen) -> Composite | None:
+def _bank(
+    place: Place, source: Place | None, renewal: Renewal, kept: set[Key], frozen: Frozen
+) -> Composite | None:
     """A bank of the target's own, with the model's structure: equal row by row, so that state dicts correspond."""
     if source is None or source.bank is None:
         return None
