@@ -49,9 +49,11 @@ def learn(learner: Learner, num_updates: int) -> None:
         learner.update(EPISODES)
 
 
-def operate(learner: Learner, *, frozen: Frozen = "own", share: float = 0.5) -> surgery.Report:
+def operate(
+    learner: Learner, *, frozen: Frozen = "own", retire: int | None = None, share: float = 0.5
+) -> surgery.Report:
     criterion = surgery.Random(share)
-    report = surgery.knife(learner.online, criterion, optimizer=learner.optimizer, cooldown=0)
+    report = surgery.knife(learner.online, criterion, optimizer=learner.optimizer, cooldown=0, retire=retire)
     surgery.mirror(learner.online, onto=learner.target, frozen=frozen)
     return report
 
@@ -91,6 +93,21 @@ def test_no_operation_between_two_syncs_moves_the_loss_and_the_sync_makes_both_e
         assert operate(learner).num_units > 0
         assert (values(learner) - before).abs().max() <= 1e-12
         learn(learner, 2)
+        assert gap(learner) > 1e-4, "the target is to lag behind"
+    copy_online(learner.target, learner.online)
+    assert_equal(learner.target, learner.online)
+    assert gap(learner) == 0
+
+
+@pytest.mark.parametrize("num_updates", [2, 9], ids=["half way", "behind its end"])
+@pytest.mark.parametrize("name", ["VDN", "QMIX of two layers"])
+def test_an_operation_in_a_fade_moves_no_loss_and_a_sync_makes_both_equal(name: str, num_updates: int) -> None:
+    learner = lagging_learner(name)
+    for _ in range(2):  # the second where the fade of the first has got to
+        before = values(learner)
+        operate(learner, retire=6)
+        assert (values(learner) - before).abs().max() <= 1e-12
+        learn(learner, num_updates)
         assert gap(learner) > 1e-4, "the target is to lag behind"
     copy_online(learner.target, learner.online)
     assert_equal(learner.target, learner.online)
