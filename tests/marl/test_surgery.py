@@ -108,6 +108,36 @@ def test_an_operation_moves_neither_loss_nor_target_and_the_target_follows_on(
     assert all(torch.allclose(online[name], target[name], rtol=0, atol=1e-12) for name in online if online[name].ndim)
 
 
+def test_target_and_online_stay_equal_in_fades_and_after_rows_were_removed() -> None:
+    learner, episodes = small_learner(), made_up_episodes()
+    operating = operations(learner, criterion="lowest", threshold=0.5, every=6, cooldown=0, retire=4)
+    rows = []
+    for update in range(1, 25):
+        operating.see(episodes)
+        learner.update(episodes)
+        before = learner.estimate(episodes)
+        report = operating.step()
+        if report is not None:
+            surgery.consolidate(learner.online, mirrors=[learner.target], optimizer=learner.optimizer)
+        after = learner.estimate(episodes)
+        assert (after.q_tot - before.q_tot).abs().max() <= 1e-12
+        assert (after.td_target - before.td_target).abs().max() <= 1e-12
+        assert (report is not None) == (update % 6 == 0)
+        learner.update_targets(num_episodes=1000 * update)  # a copy after each update, fading or not
+        assert same_values(learner, episodes)
+        rows.append(surgery.composites(learner.online).num_rows)
+        assert surgery.composites(learner.target).num_rows == rows[-1]
+    assert rows[5] == rows[11] == rows[17] == rows[23] > 0  # those of one operation, not of four
+
+
+def same_values(learner: Learner, episodes: TensorDict) -> bool:
+    with torch.no_grad():
+        online, target = (
+            networks.agent.unroll(episodes["obs"], episodes["actions"]) for networks in (learner.online, learner.target)
+        )
+    return torch.equal(online, target)
+
+
 def test_online_and_target_share_the_fresh_draw() -> None:
     learner = small_learner()
     learn(learner, operations(learner, criterion="all"), 3)

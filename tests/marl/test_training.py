@@ -132,7 +132,10 @@ class Losses(Silent):
         self.losses.append(run.averages.take()["learner/loss"])
 
 
-@pytest.mark.parametrize("surgery", [SurgerySettings(), KNIFE], ids=["plain", "operated on"])
+RETIRING = replace(KNIFE, every=12, retire=8)  # the save in the middle of the third round is in the middle of a fade
+
+
+@pytest.mark.parametrize("surgery", [SurgerySettings(), KNIFE, RETIRING], ids=["plain", "operated on", "fading"])
 @pytest.mark.parametrize("algorithm", ["vdn", "qmix", "qplex"])
 def test_a_run_that_was_saved_in_between_goes_on_as_if_it_had_not_been(
     algorithm: Algorithm, surgery: SurgerySettings, tmp_path: Any
