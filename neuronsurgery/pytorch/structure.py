@@ -122,7 +122,7 @@ def _check_rows(rows: Rows, num_units: int, bank: str) -> None:
     if is_pair:
         _, place = np.unique(rows.unit, return_inverse=True)
         is_pair = not np.bincount(place, weights=rows.sign).any()
-    if not is_pair or bool((rows.operation < 1).any()):
+    if not is_pair or bool((rows.operation < 1).any()) or bool((rows.retire < 0).any()):
         raise StateError(
             f"the saved structure of {bank} is none that operations leave (signs, units below {num_units}, or pairs of "
             "knowledge and compensation do not agree): it was averaged or overwritten"

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery import surgery
 
-TABLES = ("order", "source", "units", "reference")
+TABLES = ("order", "source", "units", "reference", "references")
 
 
 def operated(seed: int = 0, units: tuple[int, ...] = (0, 2)) -> nn.Sequential:

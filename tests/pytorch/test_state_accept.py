@@ -240,12 +240,12 @@ def test_a_structure_that_was_cast_is_refused_by_a_fresh_model(dtype: torch.dtyp
 def test_a_newer_version_is_named():
     model = operated(mlp())
     state = model.state_dict()
-    state["0.composite._extra_state"][1] = 3
+    state["0.composite._extra_state"][1] = 4
     fresh, accepts = mlp(), accepting()
     for load in (lambda: surgery.restore(fresh, state), lambda: accepts.load_state_dict(state)):
-        with pytest.raises(surgery.StateError, match=r"has format 3.*reads format 2: a newer version wrote it; update"):
+        with pytest.raises(surgery.StateError, match=r"has format 4.*reads format 3: a newer version wrote it; update"):
             load()
-    with pytest.raises(RuntimeError, match=r"has format 3.*reads format 2: a newer version wrote it; update"):
+    with pytest.raises(RuntimeError, match=r"has format 4.*reads format 3: a newer version wrote it; update"):
         model.load_state_dict(state)
 
 

@@ -111,7 +111,7 @@ def corrupt(data: st.DataObject, state: State) -> str:
     key = data.draw(st.sampled_from([key for key in state if key.endswith("_extra_state")]))
     table = state[key].clone()
     num_rows, num_columns = int(table[3]), int(table[4])
-    rows = [5 + num_columns + row * (3 + num_columns) + column for row in range(num_rows) for column in (0, 1)]
+    rows = [5 + num_columns + row * (4 + num_columns) + column for row in range(num_rows) for column in (0, 1)]
     place = data.draw(st.sampled_from([0, 2, 3, 4, *rows]))
     table[place] += data.draw(st.sampled_from([-(2**40), -17, -2, -1, 1, 2, 17, 2**40]))
     state[key] = table
