@@ -11,11 +11,12 @@ public one. With a checkout of PyMARL2 (github.com/hijkzzz/pymarl2, Apache-2.0) 
 
     python -m benchmarks.training             # predator-prey: steps per second
     python -m benchmarks.training --public PATH/TO/pymarl2
-    python -m benchmarks.training --returns   # the reduced game, to the end: what both ways come to (about 15 minutes)
+    python -m benchmarks.training --returns   # the reduced game to the end, on two processes
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import sys
 import time
@@ -81,8 +82,12 @@ def returns() -> Table:
     """Returns of greedy episodes after training, by way."""
     title = f"QMIX on predator_prey_tiny after {NUM_STEPS:,} steps, {NUM_SEEDS} seeds: returns (maximum 20)"
     table = Table("way", "each seed", "mean", "95 % interval", title=title)
-    for way, make in (("plain loop", plain_run), ("32 side by side", vectorized_run)):
-        means = [final_return(make(reduced(seed))) for seed in track(range(NUM_SEEDS), description=way)]
+    ways = ("plain loop", "32 side by side")
+    jobs = [(way, seed) for way in ways for seed in range(NUM_SEEDS)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = dict(zip(jobs, pool.starmap(final_return, jobs, chunksize=1), strict=True))
+    for way in ways:
+        means = [found[way, seed] for seed in range(NUM_SEEDS)]
         low, high = bootstrap(means)
         each = ", ".join(f"{mean:.1f}" for mean in means)
         table.add_row(way, each, f"{statistics.mean(means):.1f}", f"{low:.1f} to {high:.1f}")
@@ -128,8 +133,10 @@ def turn(run: Run) -> float:
     return (run.progress.num_steps - steps) / (time.process_time() - start)
 
 
-def final_return(run: Run) -> float:
+def final_return(way: str, seed: int) -> float:
     """The mean return of greedy episodes of the trained agents, in the vectorized game."""
+    torch.set_num_threads(1)
+    run = (plain_run if way == "plain loop" else vectorized_run)(reduced(seed))
     while not run.is_over:
         for _ in range(run.add(collect(run.environment, run.agent, epsilon=run.epsilon, seed=run.games_seed))):
             update(run)
