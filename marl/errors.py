@@ -44,9 +44,9 @@ class MissingExtraError(MarlError, ImportError):
     """
 
     @classmethod
-    def of(cls, package: str) -> MissingExtraError:
-        """The error for a package that the extra `marl` brings."""
-        command = "pip install 'neuronsurgery[marl]'"
+    def of(cls, package: str, extra: str = "marl") -> MissingExtraError:
+        """The error for a package that an extra brings."""
+        command = f"pip install 'neuronsurgery[{extra}]'"
         return cls(f"{package} is not installed; install what the trainer needs with `{command}`")
 
 
