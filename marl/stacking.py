@@ -130,6 +130,7 @@ def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     first = modules[0]
     for layer, form in STACKED_FORMS.items():
         if isinstance(first, layer):
+            _require_bare(first)
             return form(modules)
     own = [*first.named_parameters(recurse=False), *first.named_buffers(recurse=False)]
     if own:
@@ -140,3 +141,12 @@ def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     for name, _ in list(first.named_children()):
         setattr(first, name, _stacked([module.get_submodule(name) for module in modules]))
     return first
+
+
+def _require_bare(layer: nn.Module) -> None:
+    """Refuse a layer that was operated on: its stacked form would be without what hangs in it."""
+    for name, _ in layer.named_children():
+        raise SettingsError(
+            f"asked to stack a {type(layer).__name__}, found a module {name!r} in it, which a stacked layer would be "
+            "without: stack the networks before they are operated on"
+        )

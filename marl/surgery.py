@@ -9,21 +9,34 @@ methods' sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
 from marl.run_settings import LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
-__all__ = ["Operations", "load_learner", "operable_sites", "unit_shares"]
+__all__ = [
+    "FrozenRows",
+    "Operations",
+    "Seen",
+    "frozen_rows",
+    "load_learner",
+    "operable_sites",
+    "operate_on_layers",
+    "operate_on_units",
+    "unit_shares",
+    "unit_shares_of_norms",
+    "write_fades",
+]
 
 OPERABLE = {
     "agent": ("agent.encoder.",),
@@ -161,6 +174,150 @@ class Operations:
                 self._schedule.load_state_dict(state)
             except surgery.SurgeryError as error:
                 raise CheckpointError(str(error)) from error
+
+
+# -- by hand, for learners that are run in other ways than by `marl.training`
+
+Norms = Mapping[str, tuple[Tensor, Tensor]]
+"""Site -> the 2-norms of its rows and of their gradients, each (H,)."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of a learner's units, to choose by."""
+
+    norms: Sequence[Norms] = ()
+    """Those of some updates."""
+    probed: TensorDict | None = None
+    """Episodes to measure activations on, for criteria that look at them."""
+
+
+def operate_on_units(
+    learner: Learner, settings: SurgerySettings, seen: Seen, *, seed: int, is_shuffled: bool = False
+) -> Mapping[str, tuple[int, ...]]:
+    """Operate now on the units that the settings' criterion chooses; returns which those were, by site.
+
+    `is_shuffled` takes as many other units of each site, drawn at random: a criterion without its judgment.
+
+    Raises:
+        SettingsError: there is nothing to operate on, or the library refuses.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        sites = _sites_for(learner, settings)
+        evidence, criterion = _evidence(learner, sites, seen), _criterion(settings, sites)
+        if is_shuffled:
+            criterion = _shuffled(criterion, sites, evidence, generator)
+        options: dict[str, Any] = {"sites": sites, "optimizer": learner.optimizer, "generator": generator}
+        if settings.method == "knife":
+            how = ("max_growth", "retire", "cooldown")
+            options |= {name: getattr(settings, name) for name in how}
+        report = METHODS[settings.method](learner.online, criterion, evidence=evidence, **options)
+    except surgery.SurgeryError as error:
+        raise SettingsError(f"surgery: {error}") from error
+    operated: Mapping[str, tuple[int, ...]] = report.operated
+    return operated
+
+
+def operate_on_layers(
+    learner: Learner, method: str, layers: Sequence[str] | None, *, seed: int, **options: float
+) -> None:
+    """Reset, scale or perturb whole layers now; None: all.
+
+    Raises:
+        SettingsError: there are no such layers or methods.
+    """
+    act: Callable[..., Any] = {**METHODS, "scale_head": surgery.scale_head}[method]
+    arguments: dict[str, Any] = {"layers": layers, "optimizer": learner.optimizer, **options}
+    if method not in ("scale_head", "reset_optimizer"):  # the others draw
+        arguments["generator"] = torch.Generator().manual_seed(seed)
+    try:
+        act(learner.online, **arguments)
+    except surgery.SurgeryError as error:
+        raise SettingsError(f"surgery: {error}") from error
+
+
+def unit_shares_of_norms(sites: surgery.Sites, norms: Sequence[Norms]) -> dict[str, float]:
+    """The shares of stagnant units in each part, `agent/stagnant` and so on, by what was seen in some updates."""
+    evidence = _evidence_of_norms(sites, norms)
+    chosen = surgery.select(surgery.score(sites, evidence, surgery.Stagnant())).units
+    shares = {}
+    for part in OPERABLE:
+        own = _of_parts(sites, part)
+        num_units = sum(site.num_units for site in own.values())
+        if num_units:
+            shares[f"{part}/stagnant"] = sum(len(chosen.get(site, ())) for site in own) / num_units
+    return shares
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenRows:
+    """The frozen members of a layer's composite units, in the order in which they were added; K of them."""
+
+    weight: Tensor
+    """(K, I), a view of what the layer has."""
+    bias: Tensor
+    """(K,), likewise."""
+    unit: Tensor
+    """The unit that each belongs to, (K,) int64."""
+    sign: Tensor
+    """1 for knowledge, -1 for compensation, (K,)."""
+    operation: Tensor
+    """The operation that made it, (K,) int64."""
+    birth: Tensor
+    """The optimizer's step at that operation, (K,)."""
+    retire: Tensor
+    """Over how many steps it fades to zero, (K,); infinite for those that stay."""
+
+
+def frozen_rows(networks: nn.Module) -> dict[str, FrozenRows]:
+    """The frozen members of all composite units, by site; only sites that have some."""
+    state, found = networks.state_dict(), {}
+    for site, members in surgery.composites(networks).members.items():
+        num_rows = len(members)
+        found[site] = FrozenRows(
+            weight=state[f"{site}.composite.frozen_weight"][:num_rows],
+            bias=state[f"{site}.composite.frozen_bias"][:num_rows],
+            unit=torch.tensor([member.unit for member in members]),
+            sign=torch.tensor([1 if member.role == "knowledge" else -1 for member in members]),
+            operation=torch.tensor([member.operation for member in members]),
+            birth=torch.tensor([float(member.births[0]) for member in members]),
+            retire=torch.tensor([float(member.retire or torch.inf) for member in members]),
+        )
+    return found
+
+
+def write_fades(networks: nn.Module, step: int) -> None:
+    """Bring members that retire to where they are after this step of the optimizer, which others have taken."""
+    state = networks.state_dict()
+    for site, rows in frozen_rows(networks).items():
+        fade = state.get(f"{site}.composite.fade")
+        if fade is not None:
+            left = (1 - (step - rows.birth) / rows.retire).clamp(0, 1)
+            fade[: len(left)] = torch.minimum(fade[: len(left)], left)
+
+
+def _evidence(learner: Learner, sites: surgery.Sites, seen: Seen) -> surgery.Evidence:
+    if seen.probed is None:
+        return _evidence_of_norms(sites, seen.norms)
+    return surgery.probe(
+        learner.online, [seen.probed], lambda _, batch: learner.estimate(batch).loss.sum(), sites=sites
+    )
+
+
+def _evidence_of_norms(sites: surgery.Sites, norms: Sequence[Norms]) -> surgery.Evidence:
+    evidence = surgery.Evidence(sites)
+    for each in norms:
+        evidence.record_step({site: each[site] for site in sites})
+    return evidence
+
+
+def _shuffled(
+    criterion: surgery.Criterion, sites: surgery.Sites, evidence: surgery.Evidence, generator: torch.Generator
+) -> surgery.Criterion:
+    chosen = surgery.select(surgery.score(sites, evidence, criterion)).units
+    orders = {name: torch.randperm(site.num_units, generator=generator) for name, site in sites.items()}
+    return surgery.Units({name: orders[name][: len(units)].tolist() for name, units in chosen.items() if units})
 
 
 def load_learner(learner: Learner, state: Mapping[str, Any]) -> None:
