@@ -287,13 +287,12 @@ def frozen_rows(networks: nn.Module) -> dict[str, FrozenRows]:
     return found
 
 
-def write_fades(networks: nn.Module, step: int) -> None:
+def write_fades(networks: nn.Module, rows: Mapping[str, FrozenRows], step: int) -> None:
     """Bring members that retire to where they are after this step of the optimizer, which others have taken."""
-    state = networks.state_dict()
-    for site, rows in frozen_rows(networks).items():
-        fade = state.get(f"{site}.composite.fade")
+    for site, own in rows.items():
+        fade = dict(networks.get_submodule(f"{site}.composite").named_buffers()).get("fade")
         if fade is not None:
-            left = (1 - (step - rows.birth) / rows.retire).clamp(0, 1)
+            left = (1 - (step - own.birth) / own.retire).clamp(0, 1)
             fade[: len(left)] = torch.minimum(fade[: len(left)], left)
 
 

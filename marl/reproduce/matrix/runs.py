@@ -18,7 +18,7 @@ from marl.reproduce.matrix.outcomes import measure
 from marl.reproduce.matrix.seeds import Seeds, norms_of
 from marl.reproduce.matrix.tasks import Draws, Tasks, TaskSettings, draw, make_tasks
 from marl.seeding import seed_for
-from marl.surgery import Norms, frozen_rows, unit_shares_of_norms
+from marl.surgery import Norms, unit_shares_of_norms
 
 __all__ = ["MatrixRun"]
 
@@ -73,12 +73,11 @@ class _Running:
         for task in range(self.settings.tasks.num_tasks):
             self._learn(task)
         seconds = (time.process_time() - started) / len(self.numbers)
-        rows = [frozen_rows(learner.online) for learner in self.seeds.alone]
         return [
             {
                 "looks": self.looks[seed],
                 "units": self.num_units[seed],
-                "rows": {site: len(each.unit) for site, each in rows[seed].items()},
+                "rows": {site: len(each.unit) for site, each in self.seeds.rows[seed].items()},
                 "seconds": seconds,
             }
             for seed in range(len(self.numbers))

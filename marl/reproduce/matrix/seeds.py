@@ -16,7 +16,7 @@ from marl.layers import StackedLinear
 from marl.learner import Learner
 from marl.reproduce.matrix.units import Lack, StackedUnits
 from marl.stacking import load_module, load_optimizer, stack_learners
-from marl.surgery import Norms, frozen_rows, operable_sites, write_fades
+from marl.surgery import FrozenRows, Norms, frozen_rows, operable_sites, write_fades
 
 __all__ = ["Seeds"]
 
@@ -36,6 +36,8 @@ class Seeds:
         self.layers = {site: _with_units(self.together.online, site) for site in self.sites}
         self.num_steps = 0
         """Updates so far, as the optimizer counts them."""
+        self.rows: list[dict[str, FrozenRows]] = [{} for _ in learners]
+        """The frozen members of each seed, which only operations change."""
 
     def __len__(self) -> int:
         return len(self.alone)
@@ -53,9 +55,9 @@ class Seeds:
             self.bring(seed)
             found.append(act(seed, learner))
             self._take_back(seed)
-        rows = [frozen_rows(learner.online) for learner in self.alone]
+        self.rows = [frozen_rows(learner.online) for learner in self.alone]
         for site, layer in self.layers.items():
-            layer.take([each.get(site) for each in rows], lack=lack)
+            layer.take([each.get(site) for each in self.rows], lack=lack)
             layer.fade_to(self.num_steps)
         return found
 
@@ -64,7 +66,7 @@ class Seeds:
         learner = self.alone[seed]
         load_module(learner.online, self.together.online, seed)
         load_optimizer(learner.optimizer, self.together.optimizer, seed)
-        write_fades(learner.online, self.num_steps)
+        write_fades(learner.online, self.rows[seed], self.num_steps)
 
     @torch.no_grad()
     def forget_moments(self) -> None:

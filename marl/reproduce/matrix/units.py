@@ -61,9 +61,10 @@ class StackedUnits(nn.Module):
         if most == 0:
             return
         num_seeds, num_units, num_inputs = self.weight.shape
-        self.frozen_weight, self.frozen_bias = torch.zeros(num_seeds, most, num_inputs), torch.zeros(num_seeds, most)
-        whole = torch.zeros(num_seeds, most, num_units)
-        births, retire = torch.zeros(num_seeds, most), torch.full((num_seeds, most), torch.inf)
+        zeros = self.weight.detach().new_zeros
+        self.frozen_weight, self.frozen_bias = zeros(num_seeds, most, num_inputs), zeros(num_seeds, most)
+        whole = zeros(num_seeds, most, num_units)
+        births, retire = zeros(num_seeds, most), torch.full((num_seeds, most), torch.inf)
         for seed, each in enumerate(rows):
             if each is not None:
                 count = len(each.unit)
@@ -89,7 +90,7 @@ def _signs(rows: FrozenRows, lack: Lack) -> Tensor:
 
     Without knowledge a unit is its active member less the latest compensation: all older terms are its knowledge.
     """
-    sign = rows.sign.float()
+    sign = rows.sign.to(rows.weight.dtype)
     if lack == "compensation":
         return sign.clamp(min=0)
     if lack == "knowledge":

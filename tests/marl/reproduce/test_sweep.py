@@ -56,7 +56,7 @@ def test_works_that_differ_in_a_setting_have_files_of_their_own(tmp_path: Path) 
 
 
 def test_a_file_of_another_run_is_not_taken_for_the_result(tmp_path: Path) -> None:
-    one, other, results = Noting("a"), Noting("b"), Results(tmp_path)
+    one, other, results = Noting("a"), Noting(str(tmp_path / "notes")), Results(tmp_path)
     results.path(one, 0).write_text(json.dumps({"settings": {}, "seed": 0, "provenance": {}, "outcome": {}}))
     with pytest.raises(SettingsError, match="a file that is none: delete"):
         results.read(one, 0)
