@@ -1,0 +1,180 @@
+"""What a reproduced figure ends with: a page of tables with verdicts, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from marl.errors import MissingExtraError
+from marl.reproduce.figures.figure import Asked, Figure, Measure, Panel, Runs, scores_of
+from marl.reproduce.results import Results
+from marl.reproduce.statistics import (
+    Scores,
+    estimate,
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+)
+from marl.reproduce.verdict import Judgement, judge
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["page", "save_picture"]
+
+
+def page(figure: Figure, asked: Asked, files: Results) -> str:
+    """A figure's claim, and a table with verdicts for each of its panels, in Markdown."""
+    lines = [f"# {figure.name}, {asked.scale}", "", f"Claim: {figure.claim}", ""]
+    for panel in figure.panels(asked, files):
+        runs = panel.results(files, asked.seeds)
+        lines += [f"## {panel.name}", "", *_table(panel, runs), "", *_notes(panel, runs), ""]
+    return "\n".join([*lines, *_legend()]) + "\n"
+
+
+def save_picture(figure: Figure, asked: Asked, files: Results, path: Path) -> None:
+    """Draw a column for each panel: intervals, profiles, and what was measured over time.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure as Canvas
+    except ModuleNotFoundError:
+        raise MissingExtraError.of("matplotlib") from None
+    panels = figure.panels(asked, files)
+    num_arms = max(len(panel.arms) for panel in panels)
+    size = (5.2 * len(panels), 0.26 * num_arms + 6.5)
+    canvas = Canvas(figsize=size, layout="constrained")
+    axes = canvas.subplots(3, len(panels), squeeze=False, height_ratios=(0.26 * num_arms + 0.5, 2.6, 2.6))
+    for column, panel in zip(axes.T, panels, strict=True):
+        runs = {name: each for name, each in panel.results(files, asked.seeds).items() if each}
+        if runs:
+            _draw(column, panel, runs)
+    canvas.savefig(path, dpi=120, format="png")
+
+
+# -- tables
+
+
+def judged(panel: Panel, runs: Runs, measure: Measure) -> dict[str, Judgement]:
+    """The judgement of each arm that has runs; empty where a control has none."""
+    _, scores = scores_of(runs, measure)
+    controls = (panel.nothing, panel.optimizer)
+    if any(control not in scores for control in controls):
+        return {}
+    methods = [name for name in scores if name not in controls]
+    return judge(
+        scores, methods, nothing=panel.nothing, optimizer=panel.optimizer, is_less_better=measure.is_less_better
+    )
+
+
+def _table(panel: Panel, runs: Runs) -> Iterator[str]:
+    first, units, *others = panel.measures
+    columns = [f"{first.name}, mean", "interquartile mean", "better than none by", "than a fresh optimizer by"]
+    columns += ["P(better than none)", "p", "verdict", f"{units.name}", "verdict on units"]
+    yield _line(["arm", *columns, *(measure.name for measure in others), "frozen rows", "s"])
+    yield _line(["---"] * (len(columns) + len(others) + 3))
+    _, scores = scores_of(runs, first)
+    for name, own in scores.items():
+        cells = [str(estimate(own)), str(estimate(own, interquartile_mean))]
+        cells += _judgement(judged(panel, runs, first).get(name), _chance(scores, own, panel, first))
+        cells += [_plain(runs, units, name), _verdict(judged(panel, runs, units).get(name))]
+        cells += [_plain(runs, measure, name) for measure in others]
+        outcomes = [run.outcome for run in runs[name]]
+        rows, seconds = fmean(sum(each["rows"].values()) for each in outcomes), fmean(e["seconds"] for e in outcomes)
+        yield _line([name, *cells, f"{rows:.0f}", f"{seconds:.1f}"])
+    for name, reason in panel.missing.items():
+        yield _line([name, f"not run: {reason}", *[""] * (len(columns) + len(others) + 1)])
+
+
+def _judgement(found: Judgement | None, chance: str) -> list[str]:
+    if found is None:
+        return ["", "", "", "", ""]
+    return [str(found.to_nothing), str(found.to_optimizer), chance, f"{found.p_value:.3f}", found.verdict.value]
+
+
+def _chance(scores: Mapping[str, Scores], own: Scores, panel: Panel, measure: Measure) -> str:
+    if panel.nothing not in scores:
+        return ""
+    pair = (own, scores[panel.nothing])
+    return str(probability_of_improvement(*(pair[::-1] if measure.is_less_better else pair)))
+
+
+def _plain(runs: Runs, measure: Measure, name: str) -> str:
+    return str(estimate(scores_of(runs, measure)[1][name]))
+
+
+def _verdict(found: Judgement | None) -> str:
+    return "" if found is None else found.verdict.value
+
+
+def _notes(panel: Panel, runs: Runs) -> Iterator[str]:
+    yield from panel.notes
+    done = [run for of_arm in runs.values() for run in of_arm]
+    if not done:
+        yield "No runs yet."
+        return
+    seeds, _ = scores_of(runs, panel.measures[0])
+    commits = sorted({run.provenance.commit[:10] for run in done})
+    versions = sorted({run.provenance.version for run in done})
+    seconds = sum(run.outcome["seconds"] for run in done)
+    yield (
+        f"{len(seeds)} seeds; {len(done)} runs took {seconds / 3600:.2f} hours of processor time; version "
+        f"{', '.join(versions)}, commit {', '.join(commits)}."
+    )
+
+
+def _legend() -> Iterator[str]:
+    yield (
+        "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where the "
+        "arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
+        "*Confirmed* needs both intervals above zero and p < 0.05; *contradicted* one below zero; else the question is "
+        "open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks is better. s: "
+        "processor time of a run."
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+# -- pictures
+
+SHOWN = ("none", "optimizer reset", "fresh networks", "KNIFE, the paper's reading", "KNIFE, best setting", "KNIFE")
+"""Arms whose way through the tasks is drawn."""
+
+
+def _draw(axes: Sequence[Axes], panel: Panel, runs: Runs) -> None:
+    intervals, profiles, ways = axes
+    measure = panel.measures[0]
+    _, scores = scores_of(runs, measure)
+    places = range(len(scores), 0, -1)
+    for place, (name, own) in zip(places, scores.items(), strict=True):
+        found, color = estimate(own), "#d55e00" if name.startswith("KNIFE") else "#0072b2"
+        intervals.plot([found.low, found.high], [place, place], color=color, linewidth=6, alpha=0.4)
+        intervals.plot([found.value], [place], marker="|", markersize=9, markeredgewidth=2, color=color)
+    intervals.set_yticks(list(places), list(scores), fontsize=7)
+    intervals.set_title(f"{panel.name}: {measure.name}", fontsize=9)
+    taken = np.concatenate(list(scores.values()))
+    thresholds = np.linspace(taken.min() - 1e-9, taken.max(), 60)
+    shown = [name for name in SHOWN if name in scores]
+    for name in shown:
+        profiles.plot(thresholds, performance_profile(scores[name], thresholds), label=name)
+        looks = [run.outcome["looks"] for run in runs[name]]
+        _draw_way(ways, looks, "error" if measure.is_less_better else "solved")
+    profiles.set_xlabel(f"{measure.name} above")
+    profiles.set_ylabel("share of seeds")
+    profiles.legend(fontsize=6)
+    ways.set_xlabel("updates")
+    ways.set_ylabel("error" if measure.is_less_better else "share solved")
+
+
+def _draw_way(axes: Axes, looks: Sequence[Sequence[Mapping[str, Any]]], name: str) -> None:
+    length = max(look["update"] for look in looks[0])
+    updates = [length * look["task"] + look["update"] for look in looks[0]]
+    axes.plot(updates, np.mean([[look[name] for look in of_seed] for of_seed in looks], axis=0), linewidth=1)
