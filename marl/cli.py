@@ -1,4 +1,4 @@
-"""The command line: `python -m marl train`, `evaluate` and `play`.
+"""The command line: `python -m marl train`, `evaluate`, `play` and `reproduce`.
 
 What needs torch is imported inside the commands, so that `--help` answers at once. Errors of the package end in one
 line on stderr and exit code 2.
@@ -6,6 +6,7 @@ line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -119,6 +120,30 @@ def play(
             gif.parent.mkdir(parents=True, exist_ok=True)
             save_gif(frames, gif)
             typer.echo(f"{len(frames)} frames, return {frames[-1].total:g}: {gif}")
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[
+        str, typer.Argument(help="figure1, figure7, figure8 or all; tuning, of what these are run with.")
+    ],
+    scale: Annotated[str, typer.Option(help="smoke, small (two cores, an hour) or paper (a cluster).")] = "small",
+    engine: Annotated[str, typer.Option(help="local processes, or ray.")] = "local",
+    seeds: Annotated[int | None, typer.Option(help="Seeds reported; the scale's own number if not said.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; as many as there are processors.")] = None,
+    output: Annotated[Path, typer.Option(help="Where runs and pages go; what is there is not run again.")] = Path(
+        "results/reproduce"
+    ),
+) -> None:
+    """Reproduce a figure of the paper: runs, tables, verdicts. Stop it at any time; it goes on where it was."""
+    with _errors_in_one_line():
+        from marl.reproduce.command import run_command
+
+        is_complete = run_command(
+            figure, scale=scale, num_seeds=seeds, engine=(engine, workers or os.cpu_count() or 1), folder=output
+        )
+    if not is_complete:
+        raise typer.Exit(1)
 
 
 # -- what is trained

@@ -26,9 +26,15 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, num_groups: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(in_features)
-        self.weight = nn.Parameter(torch.empty(num_groups, in_features, out_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(num_groups, out_features).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(num_groups, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_groups, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases anew."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = einsum(x, self.weight, "... k i, k i o -> ... k o") + self.bias

@@ -43,7 +43,7 @@ class Provenance:
     version: str
     """Of the package."""
     commit: str
-    """Of the code, with a plus sign where files had been changed since; `unknown` outside of a repository."""
+    """Of the code, with a plus sign where the package had been changed since; `unknown` outside of a repository."""
 
     @staticmethod
     @cache
@@ -181,12 +181,14 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def _commit() -> str:
+    here = Path(__file__).parents[1]
+
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(here), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--", str(here))
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"

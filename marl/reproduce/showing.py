@@ -80,10 +80,11 @@ def _table(panel: Panel, runs: Runs) -> Iterator[str]:
     yield _line(["arm", *columns, *(measure.name for measure in others), "frozen rows", "s"])
     yield _line(["---"] * (len(columns) + len(others) + 3))
     _, scores = scores_of(runs, first)
+    on_first, on_units = judged(panel, runs, first), judged(panel, runs, units)
     for name, own in scores.items():
         cells = [str(estimate(own)), str(estimate(own, interquartile_mean))]
-        cells += _judgement(judged(panel, runs, first).get(name), _chance(scores, own, panel, first))
-        cells += [_plain(runs, units, name), _verdict(judged(panel, runs, units).get(name))]
+        cells += _judgement(on_first.get(name), _chance(scores, own, panel, first))
+        cells += [_plain(runs, units, name), _verdict(on_units.get(name))]
         cells += [_plain(runs, measure, name) for measure in others]
         outcomes = [run.outcome for run in runs[name]]
         rows, seconds = fmean(sum(each["rows"].values()) for each in outcomes), fmean(e["seconds"] for e in outcomes)
@@ -153,6 +154,8 @@ def _draw(axes: Sequence[Axes], panel: Panel, runs: Runs) -> None:
     intervals, profiles, ways = axes
     measure = panel.measures[0]
     _, scores = scores_of(runs, measure)
+    if not scores:
+        return
     places = range(len(scores), 0, -1)
     for place, (name, own) in zip(places, scores.items(), strict=True):
         found, color = estimate(own), "#d55e00" if name.startswith("KNIFE") else "#0072b2"

@@ -131,6 +131,8 @@ def scores_of(runs: Runs, measure: Measure) -> tuple[list[int], dict[str, Scores
     }
     seeds = sorted(set.intersection(*map(set, done.values()))) if done else []
     plain = {name: np.array([measure.of(own[seed]) for seed in seeds]) for name, own in done.items()}
-    if measure.relative_to is None or measure.relative_to not in plain:
+    if measure.relative_to is None:
         return seeds, plain
+    if measure.relative_to not in plain:
+        return seeds, {}
     return seeds, {name: values / plain[measure.relative_to] for name, values in plain.items()}
