@@ -1,8 +1,8 @@
 """The methods that are compared, and the settings that each is tuned over: six for every one of them.
 
 A setting is a learning rate and one number of the method's own. The number of settings is the tuning budget, equal for
-all. Where a method acts now and then, the number is how often or by which threshold: a share of a task's steps, or several tasks. It is not
-told when a task begins.
+all. Where a method acts now and then, the number is how often, as a share of a task's steps or in tasks, or by which
+threshold. It is not told when a task begins.
 """
 
 from __future__ import annotations
