@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DrawError
+from neuronsurgery.pytorch.distributed import agreed_number
 from neuronsurgery.pytorch.drawing_computed import fresh_sources
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
+from neuronsurgery.pytorch.transaction import Call, keep
 
-__all__ = ["Init", "check_drawing", "draw", "generator_kept", "scratch_of", "seed_for", "seeded"]
+__all__ = ["Init", "check_drawing", "draw", "generator_kept", "own_seed", "scratch_of", "seed_for", "seeded"]
 
 Init = Callable[[Tensor], object]
 
@@ -42,7 +45,15 @@ def check_drawing(init: Any, generator: Any) -> None:
 
 
 def seed_for(generator: torch.Generator | None, operation: int) -> int:
-    """The seed of an operation: drawn from `generator`, else from `torch.initial_seed()` and the operation's number."""
+    """The seed of an operation: drawn from `generator`, else from `torch.initial_seed()` and the operation's number.
+
+    Of a model that several processes hold it is the first one's; each advances its generator.
+    """
+    return agreed_number("the seed", own_seed(generator, operation))
+
+
+def own_seed(generator: torch.Generator | None, operation: int) -> int:
+    """As `seed_for`, of this process alone."""
     if generator is None:
         return (torch.initial_seed() * 1_000_003 + operation) % 2**63
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
@@ -51,12 +62,15 @@ def seed_for(generator: torch.Generator | None, operation: int) -> int:
 @contextmanager
 def generator_kept(generator: torch.Generator | None) -> Iterator[None]:
     """An operation that fails leaves the generator as it was."""
-    state = None if generator is None else generator.get_state()
+    if generator is None:
+        yield
+        return
+    kept = Call(functools.partial(generator.set_state, generator.get_state()))
+    keep(kept)
     try:
         yield
     except BaseException:
-        if generator is not None and state is not None:
-            generator.set_state(state)
+        kept.revert()
         raise
 
 

@@ -262,8 +262,13 @@ def _after_backward(
 ) -> Iterator[None]:
     """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
     pending: list[bool] = []
+    later = torch.autograd.Variable._execution_engine.queue_callback
 
     def finish() -> None:
+        # After what others asked for until now: replicas reduce their gradients then.
+        later(record)
+
+    def record() -> None:
         pending.clear()
         if clock.is_on and (gradients := gradients_of(discovery.learning, needs)).weights:
             scaling = Scaling.of_scaler(scaler, next(iter(gradients.weights.values())).device)
@@ -273,7 +278,7 @@ def _after_backward(
     def arrived(_: Tensor) -> None:
         if not pending:
             pending.append(True)
-            torch.autograd.Variable._execution_engine.queue_callback(finish)
+            later(finish)
 
     handles = [
         place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import MovedOutput, SameOutput
 from neuronsurgery.pytorch.consuming import Consumer, consumers_of
+from neuronsurgery.pytorch.distributed import agreed_plan
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import check_plan, num_weights, slot_changes
@@ -119,7 +120,7 @@ def prepared(
         PlanError: a plan that does not fit the model.
         OptimizerError: an optimizer that owns none of the parameters.
     """
-    model = unwrap(model)
+    model, plan = unwrap(model), agreed_plan(plan)
     discovery, survey = explored(model, include=list(plan.units))
     check_plan(plan, discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
