@@ -46,6 +46,7 @@ __all__ = [
     "group_of",
     "is_one_of_many",
     "is_shared",
+    "named",
     "replicated",
     "same_rows",
     "session",
@@ -151,7 +152,7 @@ class Session:
         for change in exclusions(self.wrapped) if self.log else ():
             self.keep([change])
             change.apply()
-        self.vote("frozen rows and fresh weights", alike=digests_of(self.model, self.log))
+        self.vote("what was changed", alike=digests_of(self.model, self.log) if self.log else NOTHING)
         self.is_over = True
         self.log.clear()
 
@@ -237,7 +238,7 @@ def _described(reports: Sequence[Mapping[str, Any]]) -> str:
             f"the processes do not do the same: {where}. Call the same function with the same arguments on all of "
             f"them. {undone}"
         )
-    found = [f"'{name}' on {counted(ranks)}" for name, ranks in _differences(reports).items()]
+    found = [f"'{name}' on {named(ranks)}" for name, ranks in _differences(reports).items()]
     shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
     return (
         f"the processes do not agree on {points[0]}. Other than on process 0 are {shown}. Where models differ, load "
@@ -245,7 +246,7 @@ def _described(reports: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def counted(ranks: Sequence[int]) -> str:
+def named(ranks: Sequence[int]) -> str:
     """Some processes, as text."""
     return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 

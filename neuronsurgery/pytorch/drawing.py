@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DrawError
-from neuronsurgery.pytorch.distributed import agreed_number
+from neuronsurgery.pytorch.distributed import agreed_number, same_rows
 from neuronsurgery.pytorch.drawing_computed import fresh_sources
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
@@ -21,7 +21,18 @@ from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
 from neuronsurgery.pytorch.transaction import Call, keep
 
-__all__ = ["Init", "check_drawing", "draw", "generator_kept", "own_seed", "scratch_of", "seed_for", "seeded"]
+__all__ = [
+    "Drawn",
+    "Init",
+    "check_drawing",
+    "draw",
+    "drawn_alike",
+    "generator_kept",
+    "own_seed",
+    "scratch_of",
+    "seed_for",
+    "seeded",
+]
 
 Init = Callable[[Tensor], object]
 
@@ -72,6 +83,23 @@ def generator_kept(generator: torch.Generator | None) -> Iterator[None]:
     except BaseException:
         kept.revert()
         raise
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Fresh rows of one site's units, for each of its slots as of `draw`, and how they were drawn."""
+
+    place: Place
+    units: Tensor
+    fresh: list[Tensor | None]
+    notes: tuple[str, ...]
+
+
+def drawn_alike(chosen: Sequence[tuple[Place, Tensor]], init: Init | None, seed: int) -> list[Drawn]:
+    """Fresh rows for the units of each site; of a model that several processes hold the first one's, bit for bit."""
+    drawn = [Drawn(place, units, *draw(place, units, init, seed)) for place, units in chosen]
+    shared = iter(same_rows("the fresh rows", [rows for each in drawn for rows in each.fresh]))
+    return [replace(each, fresh=[next(shared) for _ in each.fresh]) for each in drawn]
 
 
 def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], tuple[str, ...]]:

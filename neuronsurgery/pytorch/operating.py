@@ -7,8 +7,8 @@ producer and activation apply the bank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many, same_rows
-from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
+from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many
+from neuronsurgery.pytorch.drawing import Drawn, Init, check_drawing, drawn_alike, generator_kept, seed_for
 from neuronsurgery.pytorch.fading import check_retire, fades_followed, require_counted
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
@@ -78,7 +78,8 @@ def operate(
     with generator_kept(generator):
         seed = seed_for(generator, operation)
         common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth)
-        drawn = drawn_alike({discovery.places[name]: units for name, units in plan.units.items() if units}, common)
+        chosen = [(discovery.places[name], units) for name, units in plan.units.items() if units]
+        drawn = drawn_alike([(place, place.index(units)) for place, units in chosen], init, seed)
         grafts = [graft(each, common) for each in drawn]
         changes = [change for each in grafts for change in each.changes]
         banked = banked_names(discovery) | {each.place.site.name for each in grafts}
@@ -152,26 +153,6 @@ class Operation:
     seed: int
     retire: int
     max_growth: float
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """Fresh rows of one site's units, for each of its slots, and how they were drawn."""
-
-    place: Place
-    units: Tensor
-    fresh: list[Tensor | None]
-    notes: tuple[str, ...]
-
-
-def drawn_alike(chosen: Mapping[Place, Sequence[int]], operation: Operation) -> list[Drawn]:
-    """Draw fresh rows for all sites; of a model that several processes hold they are the first one's, bit for bit."""
-    drawn: list[Drawn] = []
-    for place, units in chosen.items():
-        index = torch.tensor(units, dtype=torch.long, device=place.weight.device)
-        drawn.append(Drawn(place, index, *draw(place, index, operation.init, operation.seed)))
-    shared = iter(same_rows("the fresh rows", [rows for each in drawn for rows in each.fresh]))
-    return [replace(each, fresh=[next(shared) for _ in each.fresh]) for each in drawn]
 
 
 def graft(drawn: Drawn, operation: Operation) -> Graft:
