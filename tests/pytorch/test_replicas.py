@@ -30,9 +30,10 @@ from tests.replica_work import (
     operated_run,
     pair,
     refusal,
+    same_everywhere,
     take,
 )
-from tests.snapshots import snapshot
+from tests.snapshots import bits, snapshot
 
 pytestmark = NEEDS_FORK
 CHOSEN = Units({"0": [1], "2": [0, 3]})
@@ -177,12 +178,11 @@ def buffers(rank: int) -> dict[str, Any]:
         if when in ("after", "grown"):
             surgery.knife(replica, units, optimizer=optimizer)
         if when == "grown":
-            for unit in range(3, 8):
-                surgery.knife(replica, Units({"first": [unit]}), optimizer=optimizer)
+            surgery.knife(replica, Units({"first": [3, 4, 5, 6, 7]}), optimizer=optimizer)
         take(replica, optimizer, batch(1, rank))
         found[when] = sorted(name for name in replica.named_module_buffers if "composite" in name)
         replica.eval()(batch(2, rank))
-        found[f"{when}: held"] = [value.double().tolist() for value in model.state_dict().values()]
+        found[f"{when}: held"] = [str(bits(value)) for value in model.state_dict().values()]
     return found
 
 
@@ -247,6 +247,7 @@ def methods(rank: int) -> dict[str, Any]:
     how: dict[str, Any] = {"optimizer": optimizer}
     some = {"evidence": None, **how}
     calls: dict[str, Callable[[], Any]] = {
+        "widen": lambda: refusal(lambda: surgery.widen(replica, Units({"0": [1]}), **how)),
         "redo": lambda: surgery.redo(replica, LOWEST, **{**some, "evidence": probe()}),
         "regrama": lambda: surgery.regrama(replica, Lowest(0.25, of="grama"), **{**some, "evidence": probe()}),
         "reborn": lambda: surgery.reborn(replica, LOWEST, over_active=1.01, **{**some, "evidence": probe()}),
@@ -260,7 +261,6 @@ def methods(rank: int) -> dict[str, Any]:
         "reset_optimizer": lambda: surgery.reset_optimizer(replica, **how),
         "restore": lambda: surgery.restore(replica, replica.state_dict(), optimizer),
         "attach": lambda: surgery.attach(replica, optimizer),
-        "widen": lambda: refusal(lambda: surgery.widen(replica, Units({"0": [1]}), **how)),
         "plasticity_injection": lambda: surgery.plasticity_injection(replica, "4", **how),
     }
     for name, call in calls.items():
@@ -330,3 +330,202 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[int], 
     """What each process returned of a piece of work."""
     results = in_processes(all_work, tmp_path_factory.mktemp("replicas"))
     return lambda work: [result[work.__name__] for result in results]
+
+
+Done = Callable[[Callable[[int], Any]], list[Any]]
+GROUP = "Replicas"
+
+
+@pytest.mark.situation(GROUP, "DDP, operated on before and after it is wrapped, ranks of other seeds and data", "works")
+def test_ranks_with_other_seeds_and_data_stay_one_model(done: Done):
+    results = done(runs)
+    assert same_everywhere(results)
+    for run in results[0]:
+        assert run["problems"] == [] and run["num_operations"] == 2
+        assert all(run["operated"].values())
+
+
+@pytest.mark.situation(GROUP, "an operation that fails on one rank, before and after it changed something", "refused")
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("draw", "process 1: DrawError: init="),
+        ("batch", "process 1: RuntimeError: mat1"),
+        ("record", "process 1: RuntimeError: late"),
+        ("evidence", "process 1: EvidenceError"),
+        ("options", "'retire=' on process 1"),
+        ("functions", "process 0 is at 'before the first change'; process 1 is at 'the plan'"),
+    ],
+)
+def test_what_fails_on_one_rank_is_taken_back_on_all(done: Done, name: str, cause: str):
+    for told in done(refused):
+        assert told[name].startswith("DistributedError: the ")
+        assert cause in told[name]
+        assert told[f"{name}: changed"] == []
+
+
+def test_what_fails_on_all_ranks_alike_is_its_own_error(done: Done):
+    for told in done(refused):
+        assert told["plan"].startswith("SiteError")
+        assert told["plan: changed"] == []
+
+
+def test_an_interrupt_on_one_rank_stays_one_and_is_told_to_the_others(done: Done):
+    first, second = done(refused)
+    assert "process 1: KeyboardInterrupt" in first["interrupt"]
+    assert second["interrupt"] == "interrupted"
+
+
+def test_after_failures_ranks_operate_on_as_if_nothing_had_been(done: Done):
+    first, second = done(refused)
+    assert first["number"] == second["number"] == 2
+    assert first["weights"] == second["weights"]
+
+
+def test_what_an_initializer_draws_on_the_first_rank_is_what_all_get(done: Done):
+    results = done(own_initializers)
+    assert results[0]["weights"] == results[1]["weights"]
+
+
+def test_whole_layers_that_ranks_draw_differently_are_refused_and_put_back(done: Done):
+    for result in done(own_initializers):
+        assert result["told"].startswith("DistributedError: the processes do not agree on what was changed")
+        assert "'rows of 4.weight' on process 1" in result["told"]
+        assert result["same"]
+
+
+@pytest.mark.situation(GROUP, "frozen rows or weights that one rank holds otherwise", "refused")
+def test_ranks_that_diverged_are_found_by_check_and_refused_by_knife(done: Done):
+    results = done(diverged)
+    assert same_everywhere(results)
+    found = results[0]
+    assert found["before"] == [] and found["alone"] == []
+    assert ["2.composite: on process 1" in each for each in found["row"]] == [True]
+    assert "'2.composite' on process 1" in found["knife"][0]
+    assert found["weight"] == ["4.bias"]
+
+
+def test_ranks_of_other_structure_are_refused(done: Done):
+    for told in done(other_structure):
+        assert told.startswith("DistributedError: the processes do not agree on the plan")
+        assert "'0.composite' on process 1" in told
+
+
+def test_a_model_that_nothing_wraps_is_operated_on_without_a_word_to_the_others(done: Done):
+    found = done(alone)[0]
+    assert found["calls"] == 0
+    assert any("surgery.replicated(model)" in note for note in found["notes"])
+
+
+def test_an_operation_sends_as_much_whatever_the_size_of_the_model(done: Done):
+    found = done(traffic)[0]
+    assert found["small"] == found["wide"] == found["deep"]
+    rows = 4 * 4 * (8 + 1)  # four units of eight inputs and a bias, in float32
+    plan = len('{"2": "AQAAAAIAAAADAAAADwAAAA=="}')
+    votes = [("all_reduce", 48)] * 5
+    assert sorted(found["small"]) == [*votes, *sorted([("broadcast", plan), ("broadcast", rows)])]
+
+
+def test_observing_sends_nothing_until_it_is_pooled_once(done: Done):
+    found = done(traffic)[0]
+    for name, num_units in (("small", 8 + 16), ("wide", 8 + 160), ("deep", 8 + 10 * 16)):
+        num_sites = 11 if name == "deep" else 2
+        assert found[f"{name}, observing"] == []
+        sent = 2 * 8 * (num_units + num_sites)  # of each unit two sums in float64, of each site two counts
+        assert found[f"{name}, pooled"] == [("all_reduce", 48), ("all_reduce", sent), ("all_reduce", 48)]
+
+
+@pytest.mark.parametrize("when", ["after", "before", "grown"])
+def test_frozen_rows_are_not_sent_with_each_forward_and_running_statistics_are(done: Done, when: str):
+    first, second = done(buffers)
+    assert first[when] == ["first.composite.running_path_2", "first.composite.running_path_3"]
+    assert first[f"{when}: held"] == second[f"{when}: held"]
+
+
+def test_frozen_rows_of_an_operation_that_ranks_did_not_do_together_are_sent_until_they_are_compared(done: Done):
+    first, second = done(buffers)
+    assert "first.composite.frozen_weight" in first["unknown"]
+    assert first["unknown: held"] == second["unknown: held"]
+
+
+@pytest.mark.situation(
+    GROUP, "DDP: unused parameters, static graph, bucket views, no_sync, no buffer broadcast", "works"
+)
+def test_all_kinds_of_replicas_are_operated_on(done: Done):
+    results = done(kinds_of_replicas)
+    assert same_everywhere(results)
+    assert [each["operation"] for each in results[0].values()] == [2, 2, 2, 2]
+
+
+def test_gradients_are_read_after_replicas_have_reduced_them(done: Done):
+    results = done(measured)
+    for name in ("read", "without"):
+        assert same_everywhere([result[name] for result in results])
+        assert all(bool(values.isfinite().all()) and bool((values > 0).any()) for values in results[0][name].values())
+
+
+@pytest.mark.situation(GROUP, "evidence of ranks that saw other numbers of samples", "works")
+def test_pooled_evidence_counts_every_sample_once(done: Done):
+    first, second = (result for result in done(measured))
+    assert (first["num"], second["num"]) == ([14, 6, 2, 1], [14, 8, 2, 1])
+    expected = (6 * first["own"] + 8 * second["own"]) / 14
+    torch.testing.assert_close(first["pooled"].float(), expected)
+    assert torch.equal(first["pooled"], second["pooled"])
+
+
+@pytest.mark.situation(GROUP, "methods beside knife on DDP", "works")
+def test_after_each_method_ranks_hold_the_same(done: Done):
+    first, second = done(methods)
+    assert [name for name in first if first[name] != second[name]] == []
+    assert "widen the module before it is wrapped" in first["widen"][1]
+
+
+@pytest.mark.situation(GROUP, "DDP, schedule on a plateau of values that one rank has", "works")
+def test_a_schedule_goes_by_the_value_that_one_rank_has(done: Done):
+    first, second = done(scheduled)
+    assert first["plateau"] == second["plateau"]
+    assert first["plateau"][0] == [2, 5] and first["plateau"][3] == 2
+
+
+def test_a_value_that_is_no_number_on_one_rank_is_told_to_all(done: Done):
+    first, second = done(scheduled)
+    assert first["words"] == "DistributedError: 1 of 2 processes passed step a value that is no number"
+    assert second["words"].startswith("ScheduleError: step takes a number")
+
+
+def test_a_target_that_one_rank_alone_has_follows_there(done: Done):
+    first, second = done(scheduled)
+    assert first["own target"] == second["own target"]
+
+
+def test_a_schedule_that_fails_on_one_rank_counts_no_operation(done: Done):
+    first, second = done(scheduled)
+    assert first["failing"] == second["failing"]
+    assert "process 1: DrawError" in first["failing"][0] and first["failing"][2] == 0
+
+
+@pytest.mark.parametrize("name", ["continual", "ccbp"])
+def test_methods_of_each_step_keep_ranks_alike(done: Done, name: str):
+    first, second = done(scheduled)
+    assert first[name] == second[name]
+
+
+def test_a_group_has_its_members_only(done: Done):
+    first, second = done(group_of_one)
+    assert first["told"] == "3" and "no member of the group" in second["told"]
+
+
+# -- many runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [2, 4])
+def test_twenty_runs_of_ranks_with_other_seeds_and_data_stay_one_model(num: int, tmp_path: Path):
+    def work(rank: int) -> list[dict[str, Any]]:
+        return [operated_run(rank, seed, 100, wrapped_first=bool(seed % 2)) for seed in range(20)]
+
+    results = in_processes(work, tmp_path, num)
+    assert same_everywhere(results)
+    assert [run["problems"] for run in results[0]] == [[]] * 20
+    assert all(any(run["operated"].values()) for run in results[0])
+    assert len({str(run["weights"]) for run in results[0]}) == 20
