@@ -69,8 +69,8 @@ class Watch(Protocol):
     def pooled(self) -> Evidence:
         """What was measured, of all replicas together."""
 
-    def agreed(self, value: Any) -> float:
-        """A value as a number, on which all replicas agree."""
+    def agreed(self, value: Any) -> float | None:
+        """A value as a number, on which all replicas agree; None where none of them has one."""
 
     def ages(self) -> Mapping[str, Mapping[int, int]]:
         """As `Backend.ages`, of the sites watched."""
@@ -129,6 +129,21 @@ class Backend(Protocol):
 
     def seed(self, model: Any, generator: Any) -> int:
         """The seed for random choices before the next operation."""
+
+    def replicated(self, model: Any, group: Any = None) -> Any:
+        """A model as one that the processes of a group hold replicas of."""
+
+    def is_shared(self, model: Any) -> bool:
+        """Whether what is done to a model concerns other processes as well."""
+
+    def together(self, model: Any) -> AbstractContextManager[None]:
+        """A block that all processes that hold a model do, or none of them; a model that nothing wraps is alone."""
+
+    def pooled(self, model: Any, evidence: Evidence, needs: Collection[Quantity] = frozenset(Quantity)) -> Evidence:
+        """What all processes that hold a model measured of it."""
+
+    def agreed_units(self, point: str, units: Mapping[str, Sequence[int]]) -> Mapping[str, tuple[int, ...]]:
+        """In such a block the units that the first process chose, elsewhere these."""
 
     def operate(
         self,

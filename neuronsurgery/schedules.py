@@ -201,8 +201,8 @@ class Scheduling:
         self._require_open()
         has_news = self._watch.end_round() > self._counts["num_seen"]
         self._counts["num_seen"] = self._watch.num_steps
-        if value is not None and any(isinstance(leaf, Plateau) for leaf in self._memory):
-            number = self._watch.agreed(value)
+        watches_values = any(isinstance(leaf, Plateau) for leaf in self._memory)
+        if watches_values and (number := self._watch.agreed(value)) is not None:
             for leaf, memory in self._memory.items():
                 leaf.saw(memory, number)
             has_news = True
@@ -308,21 +308,32 @@ class Scheduling:
 
     def _conclude(self) -> Report | LayerReport | Plan | None:
         """Operate on what is selected now, if anything is, or on whole layers, and begin anew."""
-        done = self._change_layers() if self._settings.criterion is None else self._change_units()
+        with self._backend.together(self._model):
+            done = self._change_layers() if self._settings.criterion is None else self._change_units()
+        self._count(done)
         self.last = self.last if done is None else done
         self._counts |= {"acted_at": self._watch.num_steps, "is_pending": 0}
         self._memory = {leaf: leaf.begin() for leaf in self._memory}
         self._begin_window()
         return done
 
+    def _count(self, done: Report | LayerReport | Plan | None) -> None:
+        """Take note of an operation, once it is done on all processes."""
+        if done is None or isinstance(done, Plan):
+            return
+        self._counts["num_operations"] += 1
+        if isinstance(done, Report):
+            self._births.add(done.operated, self.num_steps, self._watch.operations())
+            self._counts["num_units"] += done.num_units
+
     def _change_layers(self) -> LayerReport:
         report: LayerReport = self._act(self._model, None)
-        self._counts["num_operations"] += 1
         return report
 
     def _change_units(self) -> Report | Plan | None:
         selection, self._asked = self._of_sites_now(self._asked or self._select()), None
         chosen = capped(selection, max_units=self._settings.max_units, max_share=self._settings.max_share)
+        chosen = replace(chosen, units=self._backend.agreed_units("the selection", chosen.units))
         if not chosen.num_units:
             return None
         return plan(chosen, max_growth=self._act.max_growth) if self._act.is_dry else self._operate(chosen)
@@ -335,9 +346,6 @@ class Scheduling:
     def _operate(self, chosen: Selection) -> Report:
         criterion = Selected(str(self._settings.criterion), chosen.units, chosen.scores.values)
         report: Report = self._act(self._model, criterion)
-        self._births.add(report.operated, self.num_steps, self._watch.operations())
-        self._counts["num_operations"] += 1
-        self._counts["num_units"] += report.num_units
         young = [f"{site}: {counted(count, 'young unit')} passed over" for site, count in chosen.passed_over.items()]
         return replace(
             report,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
@@ -24,6 +24,7 @@ from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
     CheckError,
     CriterionError,
+    DistributedError,
     DrawError,
     EquivalenceError,
     EvidenceError,
@@ -67,6 +68,7 @@ __all__ = [
     "ContinualBackprop",
     "Criterion",
     "CriterionError",
+    "DistributedError",
     "Dormant",
     "DrawError",
     "EquivalenceError",
@@ -121,11 +123,13 @@ __all__ = [
     "operate",
     "plan",
     "plasticity_injection",
+    "pooled",
     "probe",
     "reborn",
     "redo",
     "regenerative_regularizer",
     "regrama",
+    "replicated",
     "reset",
     "reset_optimizer",
     "restore",
@@ -140,6 +144,25 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _together(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of a model, its first argument, that all processes that hold the model do together, or none."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = args[0] if args else kwargs.get("model")
+        if model is None or not _backend(model).is_shared(model):
+            return function(*args, **kwargs)
+        with _backend(model).together(model):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_together
 def knife(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
@@ -205,6 +228,7 @@ def knife(
     return backend.operate(model, chosen, **how)
 
 
+@_together
 def redo(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "dormant",
@@ -247,6 +271,7 @@ def redo(
     return _backend(model).reset_units(model, chosen, method="redo", **how)
 
 
+@_together
 def regrama(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "grama",
@@ -274,6 +299,7 @@ def regrama(
     return _backend(model).reset_units(model, chosen, method="regrama", **how)
 
 
+@_together
 def reborn(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = REBORN,
@@ -331,6 +357,7 @@ def reborn(
     return _backend(model).reborn(model, chosen, donors, scale=scale, per_donor=per_donor, **how)
 
 
+@_together
 def widen(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
@@ -572,17 +599,18 @@ class Schedule(Scheduling):
         if isinstance(wanted, Units):
             names = list(dict.fromkeys(_forced(names, wanted)))
         backend = _backend(model)
-        found = backend.discover(model, include=names or ())
-        found = found if names is None else found.subset(names)
-        if wanted is not None:
-            _require_sites(found)
-            wanted.check(found)
-        follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
-        if follow is not None:
-            backend.check_mirrors(model, onto=mirrors, sites=list(found))
-        around = {"generator": generator, "scaler": scaler, "weights": weights}
-        needs = frozenset[Quantity]() if wanted is None else needs_of(wanted)
-        watch = backend.watch(model, optimizer, sites=names, needs=needs, **around)
+        with backend.together(model):
+            found = backend.discover(model, include=names or ())
+            found = found if names is None else found.subset(names)
+            if wanted is not None:
+                _require_sites(found)
+                wanted.check(found)
+            follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
+            if follow is not None:
+                backend.check_mirrors(model, onto=mirrors, sites=list(found))
+            around = {"generator": generator, "scaler": scaler, "weights": weights}
+            needs = frozenset[Quantity]() if wanted is None else needs_of(wanted)
+            watch = backend.watch(model, optimizer, sites=names, needs=needs, **around)
         given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
         arguments = {name: value for name, value in given.items() if value is not None}
         act = Act(method, arguments, wanted is not None, verify, dry_run, on_report, follow)
@@ -642,7 +670,10 @@ class ContinualBackprop(Stepping):
         if maturity < 0:
             raise CriterionError(f"maturity is {maturity}; it is a number of steps and must be >= 0")
         how = {"sites": _names(sites), "init": init, "generator": generator}
-        super().__init__(_backend(model).continual_backprop(model, optimizer, **settings, **how), settings)
+        backend = _backend(model)
+        with backend.together(model):
+            runner = backend.continual_backprop(model, optimizer, **settings, **how)
+        super().__init__(runner, settings)
 
 
 class CCBP(Stepping):
@@ -697,7 +728,57 @@ class CCBP(Stepping):
         if every < 1:
             raise CriterionError(f"every is {every}; it is a number of steps and must be >= 1")
         how = {"sites": _names(sites), "init": init, "generator": generator}
-        super().__init__(_backend(model).ccbp(model, optimizer, **settings, **how), settings)
+        backend = _backend(model)
+        with backend.together(model):
+            runner = backend.ccbp(model, optimizer, **settings, **how)
+        super().__init__(runner, settings)
+
+
+def replicated(model: Any, group: Any = None) -> Any:
+    """Say that each process of a group holds a replica of this model, so that operations are done by all, or by none.
+
+    `DistributedDataParallel` says that by itself. This is for a model that is operated on before it is wrapped, and for
+    replicas that are held together in another way: pass the result wherever a model goes, on all processes alike.
+
+    Args:
+        model: any `torch.nn.Module`; it stays as it is.
+        group: a `torch.distributed` process group. None: all processes.
+
+    Returns:
+        A module around the model.
+
+    Raises:
+        DistributedError: `torch.distributed` was not initialized, or this process is no member of the group.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> replicated(model)
+        Traceback (most recent call last):
+            ...
+        neuronsurgery.errors.DistributedError: replicated(model) names the processes of a group, and there is none: ...
+    """
+    return _backend(model).replicated(model, group)
+
+
+def pooled(model: Any, evidence: Evidence) -> Evidence:
+    """Return what all processes that hold a model measured of it: means over all samples, with the count of each.
+
+    `knife` and `Schedule` do that themselves, when they decide. Call it on all processes, between `observe` or `probe`
+    and `score`. Gradients that an optimizer uses are the same on all of them already, and are left as they are.
+
+    Args:
+        model: the model, as `DistributedDataParallel` or `replicated` wrapped it; else there is one process.
+        evidence: what this process measured.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> pooled(model, evidence).num_samples("0", Quantity.ACTIVATION)
+        16
+    """
+    return _backend(model).pooled(model, evidence)
 
 
 def score(
@@ -725,6 +806,7 @@ def score(
     return _score(sites, evidence, as_criterion(criterion), seed=backend.seed(model, generator))
 
 
+@_together
 def operate(
     model: Any,
     plan: Plan,
@@ -755,6 +837,7 @@ def operate(
     return _backend(model).operate(model, plan, **how)
 
 
+@_together
 def consolidate(
     model: Any,
     *,
@@ -805,6 +888,7 @@ def consolidate(
     )
 
 
+@_together
 def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
     """Put the old weights of an operation's units back, and take its frozen rows out of the banks.
 
@@ -817,6 +901,7 @@ def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
     return _backend(model).undo(model, report, optimizer=optimizer)
 
 
+@_together
 def reset(
     model: Any,
     layers: str | Iterable[str] | int | None = None,
@@ -860,6 +945,7 @@ def reset(
     )
 
 
+@_together
 def shrink_and_perturb(
     model: Any,
     layers: str | Iterable[str] | int | None = None,
@@ -913,6 +999,7 @@ def shrink_and_perturb(
     )
 
 
+@_together
 def scale_head(
     model: Any,
     factor: float,
@@ -949,6 +1036,7 @@ def scale_head(
     return _backend(model).scale_head(model, factor, layers, optimizer=optimizer, example=example)
 
 
+@_together
 def reset_optimizer(
     model: Any,
     layers: str | Iterable[str] | int | None = None,
@@ -982,6 +1070,7 @@ def reset_optimizer(
     return _backend(model).reset_optimizer(model, layers, optimizer=optimizer, example=example)
 
 
+@_together
 def plasticity_injection(
     model: Any,
     head: str,
@@ -1145,6 +1234,7 @@ def upgd(
     )
 
 
+@_together
 def restore(model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = "") -> Composites:
     """Load a state dict strictly, with the structure that was saved in it, onto a model that need not have it.
 
@@ -1205,6 +1295,7 @@ def accept(model: Any) -> None:
     _backend(model).accept(model)
 
 
+@_together
 def attach(model: Any, optimizer: Any) -> None:
     """Install on an optimizer the step hooks that the operated rows of its model need.
 
@@ -1231,6 +1322,7 @@ def attach(model: Any, optimizer: Any) -> None:
     _backend(model).attach(model, optimizer)
 
 
+@_together
 def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
     """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
 
@@ -1333,6 +1425,7 @@ def _selected(
     _require_sites(found)
     if evidence is not None:
         found = _as_measured(found, evidence, _forced(names, wanted))
+        evidence = backend.pooled(model, evidence, needs_of(wanted))
     else:
         evidence = _evidence_now(backend, model, found, wanted)
     scores = score(found, evidence, wanted, model=model, generator=generator)

@@ -261,6 +261,11 @@ class Composite(nn.Module):
         value: Tensor | None = getattr(self, name)
         return None if value is None else value[: len(self.rows)]
 
+    def frozen(self) -> dict[str, Tensor]:
+        """The rows in use of what no step changes, and the fade: all but running statistics, by buffer."""
+        names = (name for name in (*self.buffer_names(), "fade") if not name.startswith("running"))
+        return {name: value for name in names if (value := self.live(name)) is not None}
+
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
         weight, bias = (self._stored(name) for name in FIRST_NAMES)

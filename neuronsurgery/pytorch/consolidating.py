@@ -22,6 +22,7 @@ from neuronsurgery.errors import EquivalenceError, MirrorError, PlanError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import MovedOutput, allowed_move, moved_activations
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.distributed import session, summed
 from neuronsurgery.pytorch.fading import fades_followed
 from neuronsurgery.pytorch.fitting import banked_places, is_shared, targets_of, trained_as
 from neuronsurgery.pytorch.hanging import hang, take_down
@@ -203,6 +204,12 @@ class Seen:
             self.apart = self.apart + (flat[:, first].double() - flat[:, second].double()).square().sum(0)
         return result
 
+    def sums(self) -> Tensor:
+        """The total, and how far apart the rows of each pair are, (1 + num_pairs,) float64."""
+        device = self.bank.frozen_weight.device
+        apart = torch.as_tensor(self.apart, dtype=torch.float64, device=device).expand(len(self.pairs))
+        return torch.cat([torch.as_tensor(self.total, dtype=torch.float64, device=device).reshape(1), apart])
+
     def cancelling(self, gone: NDArray[np.bool_], tolerance: float) -> tuple[NDArray[np.bool_], float]:
         """Mask of the rows of pairs that give the same but for a tolerance, and a bound on the error of them all."""
         dropped, errors = np.zeros_like(gone), dict[int, float]()
@@ -231,7 +238,17 @@ def _seen(
         checks = [MovedOutput(model, batch) for batch in batches]
     if not checks:
         raise PlanError("batches= holds no batch; pass those on which rows are to be compared, or None")
+    _add_up(list(seen.values()))
     return checks, seen
+
+
+def _add_up(seen: Sequence[Seen]) -> None:
+    """Let the batches of all processes that hold the model count."""
+    if session() is None:
+        return
+    own = [each.sums() for each in seen]
+    for each, sums in zip(seen, summed("what the batches show", own), strict=True):
+        each.total, each.apart = sums[0], sums[1:]
 
 
 @contextmanager

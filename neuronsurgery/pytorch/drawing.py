@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DrawError
+from neuronsurgery.pytorch.distributed import agreed_number, same_rows
 from neuronsurgery.pytorch.drawing_computed import fresh_sources
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
+from neuronsurgery.pytorch.transaction import Call, keep
 
-__all__ = ["Init", "check_drawing", "draw", "generator_kept", "scratch_of", "seed_for", "seeded"]
+__all__ = [
+    "Drawn",
+    "Init",
+    "check_drawing",
+    "draw",
+    "drawn_alike",
+    "generator_kept",
+    "own_seed",
+    "scratch_of",
+    "seed_for",
+    "seeded",
+]
 
 Init = Callable[[Tensor], object]
 
@@ -42,7 +56,15 @@ def check_drawing(init: Any, generator: Any) -> None:
 
 
 def seed_for(generator: torch.Generator | None, operation: int) -> int:
-    """The seed of an operation: drawn from `generator`, else from `torch.initial_seed()` and the operation's number."""
+    """The seed of an operation: drawn from `generator`, else from `torch.initial_seed()` and the operation's number.
+
+    Of a model that several processes hold it is the first one's; each advances its generator.
+    """
+    return agreed_number("the seed", own_seed(generator, operation))
+
+
+def own_seed(generator: torch.Generator | None, operation: int) -> int:
+    """As `seed_for`, of this process alone."""
     if generator is None:
         return (torch.initial_seed() * 1_000_003 + operation) % 2**63
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
@@ -51,13 +73,33 @@ def seed_for(generator: torch.Generator | None, operation: int) -> int:
 @contextmanager
 def generator_kept(generator: torch.Generator | None) -> Iterator[None]:
     """An operation that fails leaves the generator as it was."""
-    state = None if generator is None else generator.get_state()
+    if generator is None:
+        yield
+        return
+    kept = Call(functools.partial(generator.set_state, generator.get_state()))
+    keep(kept)
     try:
         yield
     except BaseException:
-        if generator is not None and state is not None:
-            generator.set_state(state)
+        kept.revert()
         raise
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Fresh rows of one site's units, for each of its slots as of `draw`, and how they were drawn."""
+
+    place: Place
+    units: Tensor
+    fresh: list[Tensor | None]
+    notes: tuple[str, ...]
+
+
+def drawn_alike(chosen: Sequence[tuple[Place, Tensor]], init: Init | None, seed: int) -> list[Drawn]:
+    """Fresh rows for the units of each site; of a model that several processes hold the first one's, bit for bit."""
+    drawn = [Drawn(place, units, *draw(place, units, init, seed)) for place, units in chosen]
+    shared = iter(same_rows("the fresh rows", [rows for each in drawn for rows in each.fresh]))
+    return [replace(each, fresh=[next(shared) for _ in each.fresh]) for each in drawn]
 
 
 def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], tuple[str, ...]]:

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from neuronsurgery.errors import EvidenceError
 from neuronsurgery.evidence import WITH_BIAS, Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
-from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
+from neuronsurgery.pytorch.models import left_alone, run_model, unwrap, wrappers_of
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
@@ -262,8 +262,13 @@ def _after_backward(
 ) -> Iterator[None]:
     """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
     pending: list[bool] = []
+    later = torch.autograd.Variable._execution_engine.queue_callback
 
     def finish() -> None:
+        # After what others asked for until now: replicas reduce their gradients then.
+        later(record)
+
+    def record() -> None:
         pending.clear()
         if clock.is_on and (gradients := gradients_of(discovery.learning, needs)).weights:
             scaling = Scaling.of_scaler(scaler, next(iter(gradients.weights.values())).device)
@@ -273,7 +278,7 @@ def _after_backward(
     def arrived(_: Tensor) -> None:
         if not pending:
             pending.append(True)
-            torch.autograd.Variable._execution_engine.queue_callback(finish)
+            later(finish)
 
     handles = [
         place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
@@ -377,7 +382,7 @@ def probe(
             "batches is a tensor; pass a list of batches, [batch], so that its rows are not taken for them"
         )
     sampling = Sampling(weights=weights)
-    inner = unwrap(model)
+    inner, measured = unwrap(model), without_replica(model)
     discovery = discover(inner, include=sites)
     check_banks_in_place(discovery)
     if not discovery.learning:
@@ -389,7 +394,7 @@ def probe(
     with left_alone(inner), tapped(discovery, evidence, Clock(1), sampling):
         for batch in batches:
             with torch.enable_grad():
-                loss = loss_fn(model, batch)
+                loss = loss_fn(measured, batch)
             _check_loss(loss)
             record_step(evidence, discovery.learning, _gradients_by(loss, discovery.learning))
     if evidence.num_steps + evidence.num_skipped == 0:
@@ -418,5 +423,12 @@ def _check_loss(loss: Any) -> None:
 
 def example_outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """The output tensors of a forward pass with their graph, the model left as it was."""
+    inner = without_replica(model)
     with left_alone(unwrap(model)), torch.enable_grad():
-        return [t for t in pytree.tree_leaves(run_model(model, batch)) if isinstance(t, Tensor)]
+        return [t for t in pytree.tree_leaves(run_model(inner, batch)) if isinstance(t, Tensor)]
+
+
+def without_replica(model: nn.Module) -> nn.Module:
+    """The model out of a wrapper that would take a pass for one of training, whose gradients it waits for."""
+    replicas = [each for each in wrappers_of(model) if isinstance(each, nn.parallel.DistributedDataParallel)]
+    return replicas[-1].module if replicas else model

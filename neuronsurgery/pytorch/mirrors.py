@@ -19,6 +19,7 @@ from neuronsurgery.errors import MirrorError, SiteError
 from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.pytorch.checking import MovedOutput, SameOutput, check_composite, moved_activations
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.distributed import by_itself
 from neuronsurgery.pytorch.fading import Follow
 from neuronsurgery.pytorch.fitting import (
     banked_places,
@@ -53,6 +54,7 @@ __all__ = ["check_mirrors", "mirror"]
 Frozen = Literal["own", "shared"]
 
 
+@by_itself
 def mirror(model: nn.Module, *, onto: Any, frozen: Frozen = "own", verify: Any = None) -> MirrorReport:
     """Give target networks the structure of a model; see `neuronsurgery.surgery.mirror`."""
     if frozen not in ("own", "shared"):

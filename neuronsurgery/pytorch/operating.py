@@ -23,7 +23,8 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
 from neuronsurgery.pytorch.checking import SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
+from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many
+from neuronsurgery.pytorch.drawing import Drawn, Init, check_drawing, drawn_alike, generator_kept, seed_for
 from neuronsurgery.pytorch.fading import check_retire, fades_followed, require_counted
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
@@ -40,6 +41,11 @@ __all__ = ["banked_names", "banks_of", "check_plan", "next_operation", "num_weig
 
 Optimizers = tuple[Optimizer, ...]
 
+ALONE = (
+    "other processes run, and nothing says that they hold replicas of this model: this one operated by itself. For all "
+    "of them to do the same pass what DistributedDataParallel made of the model, or surgery.replicated(model)"
+)
+
 
 @with_parameters_in_place
 def operate(
@@ -53,11 +59,13 @@ def operate(
     generator: torch.Generator | None = None,
 ) -> Report:
     """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`."""
+    is_alone = is_one_of_many(model)
     model = unwrap(model)
     check_drawing(init, generator)
+    check_retire(retire)
+    plan = agreed_plan(plan, retire=retire or 0)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
-    check_retire(retire)
     check_banks_in_place(discovery)
     check_paths(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
@@ -69,15 +77,10 @@ def operate(
     before = num_weights(model)
     with generator_kept(generator):
         seed = seed_for(generator, operation)
-        grafts = [
-            graft(
-                discovery.places[name],
-                units,
-                Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth),
-            )
-            for name, units in plan.units.items()
-            if units
-        ]
+        common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth)
+        chosen = [(discovery.places[name], units) for name, units in plan.units.items() if units]
+        drawn = drawn_alike([(place, place.index(units)) for place, units in chosen], init, seed)
+        grafts = [graft(each, common) for each in drawn]
         changes = [change for each in grafts for change in each.changes]
         banked = banked_names(discovery) | {each.place.site.name for each in grafts}
         changes += class_changes(discovery, banked)
@@ -92,7 +95,7 @@ def operate(
                 plan=plan,
                 parameters_before=before,
                 parameters_after=num_weights(model),
-                notes=(*plan.notes, *_notes(grafts, optimizers, parameters)),
+                notes=(*plan.notes, *_notes(grafts, optimizers, parameters), *([ALONE] if is_alone else [])),
                 verified=check is not None,
                 model_error=None if check is None else check.error,
             )
@@ -152,19 +155,18 @@ class Operation:
     max_growth: float
 
 
-def graft(place: Place, units: Sequence[int], operation: Operation) -> Graft:
+def graft(drawn: Drawn, operation: Operation) -> Graft:
     """Prepare an operation on one site: nothing is changed yet."""
+    place, chosen, fresh = drawn.place, drawn.units, drawn.fresh
     optimizers = operation.optimizers
     births = _births(place, optimizers)
     if operation.retire:
         require_counted(place, births)
-    chosen = torch.tensor(units, dtype=torch.long, device=place.weight.device)
-    fresh, drawing_notes = draw(place, chosen, operation.init, operation.seed)
     bank = _extended_bank(place, chosen, fresh, operation, births)
     bank.train(place.owners[0][0].training)
     error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
-    notes = list(drawing_notes)
+    notes = list(drawn.notes)
     for slots in place.renewed:
         if slots is not None and (parameter := slots.parameter) is not None:
             changes += optimizer_state.start_clocks(optimizers, parameter)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from neuronsurgery.pytorch.chains import is_sequential
@@ -97,6 +98,10 @@ class Place:
     owners: tuple[tuple[nn.Module, str], ...]  # where the bank hangs: every module that owns the weight, and the name
     homes: tuple[Home, ...]
     computed: tuple[Computed, ...] = ()  # the ways in which its weight is computed; none where it is a parameter
+
+    def index(self, units: Sequence[int]) -> Tensor:
+        """Units as a tensor beside the weight, (num_units,) int64."""
+        return torch.tensor(units, dtype=torch.long, device=self.weight.device)
 
     @property
     def recipe(self) -> Recipe | None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch.consuming import Consumer
+from neuronsurgery.pytorch.distributed import agreed_units
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout, Move, Reshape, UnitFunction
@@ -48,6 +49,7 @@ def reborn(
     """Give the plan's units parts of the work of donors, site by site; see `neuronsurgery.surgery.reborn`."""
     check_drawing(init, generator)
     subject = prepared(model, plan, optimizer, "reborn", _why_not)
+    donors = agreed_units("the donors", donors)
     with generator_kept(generator):
         seed = seed_of(subject, generator)
         draws = torch.Generator().manual_seed(seed)

@@ -6,7 +6,9 @@ keep what they replaced, so a fault between any two of them leaves the model bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar, overload
 
 import torch
@@ -14,7 +16,21 @@ from torch import Tensor
 
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
-__all__ = ["Change", "Later", "Overwrite", "RemoveItem", "SetClass", "SetItem", "WriteRows", "revert", "run"]
+__all__ = [
+    "Call",
+    "Change",
+    "Keeper",
+    "Later",
+    "Overwrite",
+    "RemoveItem",
+    "SetClass",
+    "SetItem",
+    "WriteRows",
+    "keep",
+    "keeping",
+    "revert",
+    "run",
+]
 
 
 T = TypeVar("T")
@@ -26,6 +42,33 @@ class Change(Protocol):
     def apply(self) -> None: ...
 
     def revert(self) -> None: ...
+
+
+class Keeper(Protocol):
+    """Who decides beyond a transaction: asked before its first change, and given what it would take to undo it."""
+
+    def begin(self) -> None: ...
+
+    def keep(self, changes: list[Change]) -> None: ...
+
+
+_KEEPER: ContextVar[Keeper | None] = ContextVar("neuronsurgery_keeper", default=None)
+
+
+@contextmanager
+def keeping(keeper: Keeper | None) -> Iterator[None]:
+    """Let transactions in this block ask a keeper, or none."""
+    token = _KEEPER.set(keeper)
+    try:
+        yield
+    finally:
+        _KEEPER.reset(token)
+
+
+def keep(change: Change) -> None:
+    """Hand a change that was made to the keeper, if there is one, to be taken back with the others."""
+    if (keeper := _KEEPER.get()) is not None:
+        keeper.keep([change])
 
 
 @overload
@@ -42,12 +85,18 @@ def run(changes: Sequence[Change], record: Callable[[], T] | None = None) -> T |
     After a fault, or an interrupt, until the record is written: revert those begun, newest first, and raise it.
     """
     begun: list[Change] = []
+    keeper = _KEEPER.get()
+    if keeper is not None:
+        keeper.begin()
     try:
         for change in changes:
             begun.append(change)
             change.apply()
         torch.clear_autocast_cache()  # inside an autocast block it still holds casts of the old weights
-        return record() if record is not None else None
+        result = record() if record is not None else None
+        if keeper is not None:
+            keeper.keep(begun)
+        return result
     except BaseException:
         revert(begun)
         raise
@@ -74,6 +123,18 @@ class Later:
 
     def revert(self) -> None:
         revert(self.begun)
+
+
+class Call:
+    """Something that was done already, or needs no doing, and how it is taken back."""
+
+    def __init__(self, undo: Callable[[], object]) -> None:
+        self.undo = undo
+
+    def apply(self) -> None: ...
+
+    def revert(self) -> None:
+        self.undo()
 
 
 class WriteRows:

@@ -23,7 +23,7 @@ from neuronsurgery.pytorch.consuming import Consumer
 from neuronsurgery.pytorch.drawing import check_drawing, generator_kept
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout, Norm, Reshape
-from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.models import unwrap, wrappers_of
 from neuronsurgery.pytorch.places import Place, Slots, owners_of
 from neuronsurgery.pytorch.products import Convolution
 from neuronsurgery.pytorch.renewing import Subject, prepared, reported, seed_of
@@ -31,7 +31,6 @@ from neuronsurgery.pytorch.resizing import check_resizable, resized, said
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, Later, SetItem, WriteRows
 from neuronsurgery.pytorch.unit_axes import UnitAxes
-from neuronsurgery.pytorch.watching import process_group
 from neuronsurgery.reports import Report
 
 __all__ = ["why_not_wider", "widen"]
@@ -48,7 +47,7 @@ def widen(
 ) -> Report:
     """Split the units of a plan in two; see `neuronsurgery.surgery.widen`."""
     check_drawing(None, generator)
-    if process_group(model) is not None:
+    if any(isinstance(each, nn.parallel.DistributedDataParallel) for each in wrappers_of(model)):
         raise ModelError("DistributedDataParallel keeps the sizes of parameters: widen the module before it is wrapped")
     owners = owners_of(unwrap(model))
     taken: dict[int, str] = {}
