@@ -1529,8 +1529,8 @@ def _require_reborn(over_active: float, per_donor: int, scale: tuple[float, floa
 
 def _require_sites(sites: Sites) -> None:
     if not sites:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(sites.declined.items())[:5])
-        raise SiteError(f"the model has no site to operate on. {reasons or 'It has no Linear or convolution layer'}")
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(sites.declined.items())[:5])
+        raise SiteError(f"no site to operate on was found. {reasons or 'The model has no Linear or convolution layer'}")
 
 
 def _as_measured(sites: Sites, evidence: Evidence, named: list[str]) -> Sites:
