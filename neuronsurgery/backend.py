@@ -155,8 +155,9 @@ class Backend(Protocol):
         init: Any = None,
         verify: Any = None,
         generator: Any = None,
+        method: str = "knife",
     ) -> Report:
-        """Carry out a plan, all of it or nothing."""
+        """Carry out a plan, all of it or nothing; the other method that leaves frozen rows is `fade_to_fresh`."""
 
     def consumers(self, model: Any, *, include: Collection[str] = ()) -> Consumers:
         """Which layers read the units of each site."""

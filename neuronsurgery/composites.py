@@ -123,6 +123,27 @@ class Rows:
             np.concatenate([self.retire, retire * ones, retire * ones]),
         )
 
+    def forgetting(self, units: Sequence[int], operation: int, retire: int) -> tuple[Rows, NDArray[np.bool_]]:
+        """These rows, all of those of some units there for a time only, and a mask of what the units knew.
+
+        That is all but the compensation of an operation: what came before it, and what it made of that.
+
+        Example:
+            >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]]).extended([1], operation=2, births=[[5]])
+            >>> rows.forgetting([1], operation=2, retire=9)[1].tolist()     # knowledge and compensation by turns
+            [True, True, True, False]
+        """
+        of_units = np.isin(self.unit, np.asarray(units, np.int64))
+        retires = np.where(of_units & (self.retire == 0), retire, self.retire)
+        known = of_units & ((self.operation != operation) | (self.sign == KNOWLEDGE))
+        return Rows(self.sign, self.unit, self.operation, self.births, retires), known
+
+    def paired(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """A mask without rows whose partner, of the same unit and operation, is not in it."""
+        kinds = np.stack([self.unit, self.operation], axis=1)
+        pair = np.unique(kinds, axis=0, return_inverse=True)[1].reshape(-1)
+        return np.asarray(mask & (np.bincount(pair, weights=mask) == np.bincount(pair))[pair])
+
     def of_operation(self, operation: int) -> NDArray[np.bool_]:
         """Mask of the rows that one operation added, shape (num_rows,)."""
         return np.asarray(self.operation == operation)

@@ -116,6 +116,7 @@ __all__ = [
     "consolidate",
     "consumers",
     "discover",
+    "fade_to_fresh",
     "knife",
     "l2_regularizer",
     "mirror",
@@ -226,6 +227,60 @@ def knife(
     chosen = plan(selection, max_growth=max_growth)
     how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
     return backend.operate(model, chosen, **how)
+
+
+@_together
+def fade_to_fresh(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+    *,
+    retire: int,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    max_growth: float = MAX_GROWTH,
+    cooldown: int = COOLDOWN,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Let fresh units fade in where the chosen ones were, over so many optimizer steps: retirement without knowledge.
+
+    It is `knife(..., retire=N)` less the knowledge members, the control that shows what they are worth: a unit falls
+    silent and becomes a fresh one as its compensation member fades. The output moves by what the units handed on.
+    Consumers are left alone. What the composite units knew from operations before is dropped as well.
+
+    Args:
+        model: as for `knife`.
+        criterion: as for `knife`.
+        retire: over how many optimizer steps the compensation members fade to zero, linearly.
+        evidence: as for `knife`.
+        optimizer: as for `knife`; it is needed, as its steps are counted.
+        sites: as for `knife`.
+        max_growth: as for `knife`.
+        cooldown: as for `knife`.
+        init: as for `knife`.
+        verify: a batch on which the report says by how much the output moved.
+        generator: as for `knife`.
+
+    Raises:
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> x = torch.randn(16, 4)
+        >>> _ = fade_to_fresh(model, Units({"0": [1, 5]}), retire=100, optimizer=optimizer, verify=x)
+        >>> model[:2](x)[:, [1, 5]].abs().max().item()
+        0.0
+    """
+    backend, wanted = _backend(model), as_criterion(criterion)
+    around = {"example": verify, "cooldown": (cooldown, optimizer), "generator": generator}
+    selection = _selected(model, wanted, evidence=evidence, sites=sites, **around)
+    chosen = plan(selection, max_growth=max_growth)
+    how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
+    return backend.operate(model, chosen, method="fade_to_fresh", **how)
 
 
 @_together

@@ -29,12 +29,14 @@ from neuronsurgery.pytorch.transaction import Change
 __all__ = ["Follow", "check_retire", "fades_followed", "is_faded_by", "require_counted"]
 
 
-def check_retire(retire: int | None) -> None:
+def check_retire(retire: int | None, *, is_needed: bool = False) -> None:
     """Refuse what is no number of steps.
 
     Raises:
         PlanError: it is none.
     """
+    if retire is None and is_needed:
+        raise PlanError("retire is None; without knowledge there is nothing to keep: pass a number of optimizer steps")
     if retire is not None and (isinstance(retire, bool) or not isinstance(retire, int) or retire < 1):
         raise PlanError(
             f"retire is {retire!r}; it is a number of optimizer steps, at least 1, or None to keep the rows"

@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 
 from neuronsurgery.composites import Rows
 from neuronsurgery.errors import ModelError, PlanError, UndoError
+from neuronsurgery.methods import METHODS
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
-from neuronsurgery.pytorch.checking import SameOutput, check_composite
+from neuronsurgery.pytorch.checking import MovedOutput, SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many
 from neuronsurgery.pytorch.drawing import Drawn, Init, check_drawing, drawn_alike, generator_kept, seed_for
@@ -57,12 +58,13 @@ def operate(
     init: Init | None = None,
     verify: Any = None,
     generator: torch.Generator | None = None,
+    method: str = "knife",
 ) -> Report:
-    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`."""
+    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`, and for other methods their own."""
     is_alone = is_one_of_many(model)
     model = unwrap(model)
     check_drawing(init, generator)
-    check_retire(retire)
+    check_retire(retire, is_needed=METHODS[method].preserves != "yes")
     plan = agreed_plan(plan, retire=retire or 0)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
@@ -77,27 +79,28 @@ def operate(
     before = num_weights(model)
     with generator_kept(generator):
         seed = seed_for(generator, operation)
-        common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth)
+        common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth, method)
         chosen = [(discovery.places[name], units) for name, units in plan.units.items() if units]
         drawn = drawn_alike([(place, place.index(units)) for place, units in chosen], init, seed)
         grafts = [graft(each, common) for each in drawn]
         changes = [change for each in grafts for change in each.changes]
         banked = banked_names(discovery) | {each.place.site.name for each in grafts}
         changes += class_changes(discovery, banked)
-        check = None if verify is None else SameOutput(model, verify)
+        check = None if verify is None else (SameOutput if common.keeps_knowledge else MovedOutput)(model, verify)
 
         def report() -> Report:  # written within the transaction: either it happened and is on record, or not
             return Report(
                 operation=operation if grafts else 0,
                 operated={name: tuple(units) for name, units in plan.units.items() if units},
                 declined=plan.declined,
-                errors={each.place.site.name: each.error for each in grafts},
+                errors={each.place.site.name: each.error for each in grafts if each.error is not None},
                 plan=plan,
                 parameters_before=before,
                 parameters_after=num_weights(model),
                 notes=(*plan.notes, *_notes(grafts, optimizers, parameters), *([ALONE] if is_alone else [])),
                 verified=check is not None,
                 model_error=None if check is None else check.error,
+                method=method,
             )
 
         return run([*changes, *([check] if check else [])], report)
@@ -135,11 +138,11 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Graft:
-    """What an operation does to one site: the changes, in order, and what was measured."""
+    """What an operation does to one site: the changes, in order, and what was measured; None: it may move."""
 
     place: Place
     changes: list[Change]
-    error: float
+    error: float | None
     notes: list[str]
 
 
@@ -153,6 +156,12 @@ class Operation:
     seed: int
     retire: int
     max_growth: float
+    method: str
+
+    @property
+    def keeps_knowledge(self) -> bool:
+        """Whether the composite units go on with what the old units computed."""
+        return METHODS[self.method].preserves == "yes"
 
 
 def graft(drawn: Drawn, operation: Operation) -> Graft:
@@ -164,7 +173,8 @@ def graft(drawn: Drawn, operation: Operation) -> Graft:
         require_counted(place, births)
     bank = _extended_bank(place, chosen, fresh, operation, births)
     bank.train(place.owners[0][0].training)
-    error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
+    is_same = operation.keeps_knowledge
+    error = check_composite(place, _renewed_slots(place, chosen, fresh), bank) if is_same else None
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawn.notes)
     for slots in place.renewed:
@@ -186,7 +196,10 @@ def _births(place: Place, optimizers: Optimizers) -> list[int]:
 def _extended_bank(
     place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: Operation, births: list[int]
 ) -> Composite:
-    """A bank with a knowledge and a compensation row for each unit appended."""
+    """A bank with a knowledge and a compensation row for each unit appended.
+
+    A method that does not keep knowledge has the same rows; those of what the unit knew have retired already.
+    """
     old = _with_room(place, len(units), operation.max_growth)
     structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
         units.tolist(), operation.number, [births] * len(units), operation.retire
@@ -202,6 +215,9 @@ def _extended_bank(
         values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
     faded = torch.ones(0, device=units.device) if old is None else old.live_fade()
     fade = torch.cat([faded, faded.new_ones(2 * len(units))])
+    if not operation.keeps_knowledge:
+        structure, known = structure.forgetting(units.tolist(), operation.number, operation.retire)
+        fade[torch.from_numpy(known).to(fade.device)] = 0
     bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
