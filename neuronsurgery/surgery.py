@@ -40,6 +40,7 @@ from neuronsurgery.errors import (
     UntraceableError,
 )
 from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
+from neuronsurgery.flattenings import Flattened, Flattening
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
@@ -73,6 +74,8 @@ __all__ = [
     "Every",
     "Evidence",
     "EvidenceError",
+    "Flattened",
+    "Flattening",
     "FormatError",
     "GraMa",
     "Last",
@@ -114,6 +117,7 @@ __all__ = [
     "consolidate",
     "consumers",
     "discover",
+    "flatten",
     "knife",
     "l2_regularizer",
     "mirror",
@@ -803,6 +807,44 @@ def consolidate(
     return _backend(model).consolidate(
         model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance
     )
+
+
+def flatten(model: Any, *, verify: Any = None) -> Flattening:
+    """Make a model plain and wider, without banks, in place: frozen rows become units of their own, for deployment.
+
+    Where all consumers of a site are linear, the frozen rows become further rows of the producer, and the consumers get
+    their unit's columns again, times the row's sign and what a fade has left of it. The layer has its original keys and
+    class, and its output stays to rounding. A site of which that is not so keeps its bank, with the reason in the
+    report. Parameters stay the same objects, of another size. What was frozen is a parameter like any other then, which
+    training would move: flatten what you deploy, and a copy where training is to go on.
+
+    Args:
+        model: the operated model; compiled modules are taken off.
+        verify: a batch as for `verify=` of `knife`: the whole model's outputs are compared.
+
+    Returns:
+        The report: site by site how much wider it is, who reads it, and by how much its activations moved.
+
+    Raises:
+        ModelError: a model in DistributedDataParallel, or with banks that no longer belong to a site.
+        OptimizerError: an optimizer that was passed to an operation, and so has hooks of its own, still trains it.
+        EquivalenceError: an output moved by more than rounding; nothing was changed.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = knife(model, Units({"0": [1, 5]}))
+        >>> plain = copy.deepcopy(model)
+        >>> flatten(plain, verify=torch.randn(16, 4)).sites["0"].units_after
+        12
+        >>> plain
+        Sequential(
+          (0): Linear(in_features=4, out_features=12, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=12, out_features=2, bias=True)
+        )
+    """
+    return _backend(model).flatten(model, verify=verify)
 
 
 def undo(model: Any, report: Report, optimizer: Any = None) -> Report:

@@ -19,6 +19,7 @@ from neuronsurgery.pytorch.continual import continual_backprop
 from neuronsurgery.pytorch.continuous import ccbp
 from neuronsurgery.pytorch.drawing import check_drawing, seed_for
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.flattening import flatten
 from neuronsurgery.pytorch.injecting import inject
 from neuronsurgery.pytorch.inspecting import check
 from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
@@ -49,6 +50,7 @@ __all__ = [
     "consumers",
     "continual_backprop",
     "discover",
+    "flatten",
     "inject",
     "l2",
     "measure",
