@@ -45,7 +45,7 @@ def flatten(model: nn.Module, *, verify: Any = None) -> Flattening:
     """Make a model plain and wider where its banks allow; see `neuronsurgery.surgery.flatten`."""
     check_model(model)
     if process_group(model) is not None:
-        raise ModelError("DistributedDataParallel keeps the sizes of parameters: flatten the module before it is wrapped")
+        raise ModelError("DistributedDataParallel keeps the sizes of parameters: flatten the module inside it")
     source = unwrap(model)
     discovery, _ = explored(source)
     check_banks_in_place(discovery)
@@ -101,7 +101,9 @@ class _Rounded(MovedOutput):
 
     def apply(self) -> None:
         super().apply()
-        allowed = self.depth * max((tolerance(t.dtype) for t in self.before.tensors if t.is_floating_point()), default=0)
+        allowed = self.depth * max(
+            (tolerance(t.dtype) for t in self.before.tensors if t.is_floating_point()), default=0
+        )
         if not self.error <= allowed:
             raise EquivalenceError(
                 f"the flattened model's output on the verify= batch differs by {self.error:.3g} of its largest value, "
@@ -157,9 +159,7 @@ def _left(place: Place) -> Composite | None:
     return without(place.bank, removable(place.bank))
 
 
-def _why_not(
-    place: Place, left: Composite | None, readers: Sequence[Consumer], owners: Owners
-) -> str:
+def _why_not(place: Place, left: Composite | None, readers: Sequence[Consumer], owners: Owners) -> str:
     """Why a site cannot be plain and compute the same."""
     if left is None:
         return ""
@@ -173,7 +173,7 @@ def _why_not(
             continue
         values = left.live(name)
         if slots.axes is None and values is not None and not bool(torch.eq(values, slots.rows()).all()):
-            return f"its frozen rows have values of '{slots.attribute}' of their own, of which the layer has one for all"
+            return f"its frozen rows have other values of '{slots.attribute}', of which the layer has one for all"
         if slots.axes is not None and not slots.is_own:
             return f"its '{slots.attribute}' is read elsewhere too"
     return ""
@@ -224,9 +224,7 @@ class Site:
         for consumer in self.readers:
             yield from self.grown_columns(consumer, owners)
 
-    def grown_slots(
-        self, slots: Slots, values: Tensor, owners: Owners
-    ) -> Iterator[Change]:
+    def grown_slots(self, slots: Slots, values: Tensor, owners: Owners) -> Iterator[Change]:
         assert slots.axes is not None
         (axis,), num_units = slots.axes.axes, self.place.site.num_units
         source = torch.cat([torch.arange(num_units), self.units])
@@ -240,9 +238,7 @@ class Site:
             yield SetItem(slots.owner._buffers, slots.attribute, torch.cat([slots.tensor, values.to(slots.tensor)]))
         yield from said(owners, slots.tensor, "producer", len(source))
 
-    def grown_columns(
-        self, consumer: Consumer, owners: Owners
-    ) -> Iterator[Change]:
+    def grown_columns(self, consumer: Consumer, owners: Owners) -> Iterator[Change]:
         """Columns of each row: its unit's, times its share; in the frozen rows of the consumer as well."""
         weight, (axis,) = consumer.weight, consumer.axes.axes
         source, now = consumer.beside(self.units)
@@ -290,7 +286,7 @@ def _error(place: Place, left: Composite | None, shares: Tensor) -> float:
     allowed = allowed_move(place) * (1 if left is None else _pairs(left))
     if not error <= allowed:
         raise EquivalenceError(
-            f"{place.site.name}: as plain units its rows give activations that differ by {error:.3g} of the largest; at "
-            f"most {allowed:.3g} is allowed in {place.weight.dtype}. Nothing was changed"
+            f"{place.site.name}: as plain units its rows give activations that differ by {error:.3g} of the largest; "
+            f"at most {allowed:.3g} is allowed in {place.weight.dtype}. Nothing was changed"
         )
     return error
