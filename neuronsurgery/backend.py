@@ -281,8 +281,8 @@ class Backend(Protocol):
     def flatten(self, model: Any, *, verify: Any = None) -> Flattening:
         """Make a model plain and wider where its banks allow."""
 
-    def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
-        """Put the old weights of an operation's units back."""
+    def undo(self, model: Any, operation: Report | int | None = None, *, optimizer: Any = None) -> Report:
+        """Put the old weights of an operation's units back: a report's, one of that number, or the last."""
 
     def watch(
         self,

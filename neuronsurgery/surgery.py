@@ -847,16 +847,33 @@ def flatten(model: Any, *, verify: Any = None) -> Flattening:
     return _backend(model).flatten(model, verify=verify)
 
 
-def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
+def undo(model: Any, operation: Report | int | None = None, optimizer: Any = None) -> Report:
     """Put the old weights of an operation's units back, and take its frozen rows out of the banks.
 
-    What the active members learned since is gone. Their rows get the optimizer state of fresh ones.
+    What the active members learned since is gone. Their rows get the optimizer state of fresh ones. An operation can be
+    undone as long as none of its units was operated on later; operations on other units are no obstacle.
+
+    Args:
+        model: the operated model; wrappers (DDP, compiled modules) are taken off.
+        operation: the report of the operation; or its number, as reports, `composites(model).operations` and members
+            have it; None: the last. By number all that the banks hold of it is undone: units of which a consolidation
+            took the rows are not among them, and the report says which were.
+        optimizer: the model's optimizer, or several.
 
     Raises:
         UndoError: a later operation intervened on one of the units (undo that one first), its frozen rows have begun to
             fade, or it is not in the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> reports = [knife(model, Units({"0": units})) for units in ([1, 5], [2], [5])]
+        >>> composites(model).operations
+        {1: {'0': (1, 5)}, 2: {'0': (2,)}, 3: {'0': (5,)}}
+        >>> undo(model).operated, undo(model, 1).operated, undo(model, reports[1]).operated
+        ({'0': (5,)}, {'0': (1, 5)}, {'0': (2,)})
     """
-    return _backend(model).undo(model, report, optimizer=optimizer)
+    return _backend(model).undo(model, operation, optimizer=optimizer)
 
 
 def reset(
