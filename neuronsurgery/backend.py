@@ -274,7 +274,14 @@ class Backend(Protocol):
         """An optimizer that spares useful weights."""
 
     def consolidate(
-        self, model: Any, *, mirrors: Any = (), optimizer: Any = None, batches: Any = None, tolerance: float = 1e-3
+        self,
+        model: Any,
+        *,
+        mirrors: Any = (),
+        optimizer: Any = None,
+        batches: Any = None,
+        tolerance: float = 1e-3,
+        max_rows: int | None = None,
     ) -> Consolidation:
         """Take frozen rows that contribute nothing out of a model and its mirrors, all of them or none."""
 

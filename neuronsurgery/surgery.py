@@ -766,13 +766,16 @@ def consolidate(
     optimizer: Any = None,
     batches: Iterable[Any] | None = None,
     tolerance: float = 1e-3,
+    max_rows: int | None = None,
 ) -> Consolidation:
     """Take frozen rows that contribute nothing out of a model and its mirrors, in place: all of them, or none.
 
     By weights alone go rows that have retired, and pairs of equal rows with opposite signs, which are there where an
     active member never moved between two operations; the output changes by rounding. With `batches=` pairs go too that
     give nearly the same on these (near-duplicates, and rows that never fire or are constant); the output changes, by
-    what the report says. Where no row is left the bank goes as well: the layer has its original keys, class and speed.
+    what the report says. With `max_rows=` as well, a site that still has more rows is distilled: those that matter
+    least go, and the others are fitted to what all of them gave on the batches. Where no row is left the bank goes as
+    well: the layer has its original keys, class and speed.
     The first knowledge row of a unit that a LayerNorm or its kin refers to goes only once retired.
 
     Args:
@@ -784,6 +787,9 @@ def consolidate(
             mode. None: nothing goes by data.
         tolerance: how far apart two rows' activations may be on the batches to go, as a root mean square relative to
             that of the layer's units.
+        max_rows: how many frozen rows a site may keep; None: any number. Needs `batches=`, of which each fourth sample
+            is kept from the fit to tell the error. Mirrors get the fitted rows. Units of which a row fades stay as they
+            are; where a fit is not possible (a norm over units, half precision, computed weights) rows go without one.
 
     Returns:
         The report: site by site how many rows went and why, and by how much that moved what.
@@ -805,7 +811,7 @@ def consolidate(
         (4, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     return _backend(model).consolidate(
-        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance
+        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance, max_rows=max_rows
     )
 
 
