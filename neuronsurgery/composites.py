@@ -69,6 +69,15 @@ class Composites(Value):
         """How many frozen rows the model holds."""
         return sum(map(len, self.members.values()))
 
+    @property
+    def operations(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """The number of each operation of which there are rows -> site name -> its units, ascending: see `undo`."""
+        found: dict[int, dict[str, tuple[int, ...]]] = {}
+        for site, members in self.members.items():
+            for operation, unit in sorted({(member.operation, member.unit) for member in members}):
+                found.setdefault(operation, {})[site] = (*found.get(operation, {}).get(site, ()), unit)
+        return dict(sorted(found.items()))
+
     def __str__(self) -> str:
         title = f"{counted(self.num_units, 'composite unit')}, {counted(self.num_rows, 'frozen row')}"
         columns = ("site", "composite units", "frozen rows", "operations", "most on one unit")

@@ -41,6 +41,7 @@ from neuronsurgery.errors import (
     UntraceableError,
 )
 from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
+from neuronsurgery.flattenings import Flattened, Flattening
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
@@ -75,6 +76,8 @@ __all__ = [
     "Every",
     "Evidence",
     "EvidenceError",
+    "Flattened",
+    "Flattening",
     "FormatError",
     "GraMa",
     "Last",
@@ -117,6 +120,7 @@ __all__ = [
     "consumers",
     "discover",
     "fade_to_fresh",
+    "flatten",
     "knife",
     "l2_regularizer",
     "mirror",
@@ -900,13 +904,16 @@ def consolidate(
     optimizer: Any = None,
     batches: Iterable[Any] | None = None,
     tolerance: float = 1e-3,
+    max_rows: int | None = None,
 ) -> Consolidation:
     """Take frozen rows that contribute nothing out of a model and its mirrors, in place: all of them, or none.
 
     By weights alone go rows that have retired, and pairs of equal rows with opposite signs, which are there where an
     active member never moved between two operations; the output changes by rounding. With `batches=` pairs go too that
     give nearly the same on these (near-duplicates, and rows that never fire or are constant); the output changes, by
-    what the report says. Where no row is left the bank goes as well: the layer has its original keys, class and speed.
+    what the report says. With `max_rows=` as well, a site that still has more rows is distilled: those that matter
+    least go, and the others are fitted to what all of them gave on the batches. Where no row is left the bank goes as
+    well: the layer has its original keys, class and speed.
     The first knowledge row of a unit that a LayerNorm or its kin refers to goes only once retired.
 
     Args:
@@ -918,6 +925,9 @@ def consolidate(
             mode. None: nothing goes by data.
         tolerance: how far apart two rows' activations may be on the batches to go, as a root mean square relative to
             that of the layer's units.
+        max_rows: how many frozen rows a site may keep; None: any number. Needs `batches=`, of which each fourth sample
+            is kept from the fit to tell the error. Mirrors get the fitted rows. Units of which a row fades stay as they
+            are; where a fit is not possible (a norm over units, half precision, computed weights) rows go without one.
 
     Returns:
         The report: site by site how many rows went and why, and by how much that moved what.
@@ -939,21 +949,76 @@ def consolidate(
         (4, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     return _backend(model).consolidate(
-        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance
+        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance, max_rows=max_rows
     )
 
 
+def flatten(model: Any, *, verify: Any = None) -> Flattening:
+    """Make a model plain and wider, without banks, in place: frozen rows become units of their own, for deployment.
+
+    Where all consumers of a site are linear, the frozen rows become further rows of the producer, and the consumers get
+    their unit's columns again, times the row's sign and what a fade has left of it. The layer has its original keys and
+    class, and its output stays to rounding. A site of which that is not so keeps its bank, with the reason in the
+    report. Parameters stay the same objects, of another size. What was frozen is a parameter like any other then, which
+    training would move: flatten what you deploy, and a copy where training is to go on.
+
+    Args:
+        model: the operated model; compiled modules are taken off.
+        verify: a batch as for `verify=` of `knife`: the whole model's outputs are compared.
+
+    Returns:
+        The report: site by site how much wider it is, who reads it, and by how much its activations moved.
+
+    Raises:
+        ModelError: a model in DistributedDataParallel, or with banks that no longer belong to a site.
+        OptimizerError: an optimizer that was passed to an operation, and so has hooks of its own, still trains it.
+        EquivalenceError: an output moved by more than rounding; nothing was changed.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = knife(model, Units({"0": [1, 5]}))
+        >>> plain = copy.deepcopy(model)
+        >>> flatten(plain, verify=torch.randn(16, 4)).sites["0"].units_after
+        12
+        >>> plain
+        Sequential(
+          (0): Linear(in_features=4, out_features=12, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=12, out_features=2, bias=True)
+        )
+    """
+    return _backend(model).flatten(model, verify=verify)
+
+
 @_together
-def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
+def undo(model: Any, operation: Report | int | None = None, optimizer: Any = None) -> Report:
     """Put the old weights of an operation's units back, and take its frozen rows out of the banks.
 
-    What the active members learned since is gone. Their rows get the optimizer state of fresh ones.
+    What the active members learned since is gone. Their rows get the optimizer state of fresh ones. An operation can be
+    undone as long as none of its units was operated on later; operations on other units are no obstacle.
+
+    Args:
+        model: the operated model; wrappers (DDP, compiled modules) are taken off.
+        operation: the report of the operation; or its number, as reports, `composites(model).operations` and members
+            have it; None: the last. By number all that the banks hold of it is undone: units of which a consolidation
+            took the rows are not among them, and the report says which were.
+        optimizer: the model's optimizer, or several.
 
     Raises:
         UndoError: a later operation intervened on one of the units (undo that one first), its frozen rows have begun to
             fade, or it is not in the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> reports = [knife(model, Units({"0": units})) for units in ([1, 5], [2], [5])]
+        >>> composites(model).operations
+        {1: {'0': (1, 5)}, 2: {'0': (2,)}, 3: {'0': (5,)}}
+        >>> undo(model).operated, undo(model, 1).operated, undo(model, reports[1]).operated
+        ({'0': (5,)}, {'0': (1, 5)}, {'0': (2,)})
     """
-    return _backend(model).undo(model, report, optimizer=optimizer)
+    return _backend(model).undo(model, operation, optimizer=optimizer)
 
 
 @_together

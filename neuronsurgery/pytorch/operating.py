@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.composites import Rows
-from neuronsurgery.errors import ModelError, PlanError, UndoError
+from neuronsurgery.errors import ModelError, PlanError
 from neuronsurgery.methods import METHODS
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
@@ -36,6 +36,7 @@ from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
+from neuronsurgery.pytorch.undoable import check_undo, undoable
 from neuronsurgery.reports import Report
 
 __all__ = ["banked_names", "banks_of", "check_plan", "next_operation", "num_weights", "operate", "slot_changes", "undo"]
@@ -280,69 +281,46 @@ def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn
 
 
 @with_parameters_in_place
-def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Report:
+def undo(
+    model: nn.Module,
+    operation: Report | int | None = None,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+) -> Report:
     """Put the old weights of an operation's units back; see `neuronsurgery.surgery.undo`."""
     model = unwrap(model)
     discovery = discover(model)
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
-    check_undo(report, discovery)
+    asked = undoable(operation, discovery)
+    check_undo(asked, discovery)
     check_banks_in_place(discovery)
     before = num_weights(model)
     changes: list[Change] = []
     emptied: set[str] = set()
-    for name, units in report.operated.items():
+    for name, units in asked.operated.items():
         place = discovery.places[name]
-        changes += _restored(place, units, report.operation, optimizers)
-        if place.bank is not None and bool(place.bank.rows.of_operation(report.operation).all()):
+        changes += _restored(place, units, asked.operation, optimizers)
+        if place.bank is not None and bool(place.bank.rows.of_operation(asked.operation).all()):
             emptied.add(name)
     changes += class_changes(discovery, banked_names(discovery) - emptied)
 
     def record() -> Report:
         return Report(
-            operation=report.operation,
-            operated=report.operated,
+            operation=asked.operation,
+            operated=asked.operated,
             declined={},
             errors={},
-            plan=report.plan,
+            plan=asked.plan,
             parameters_before=before,
             parameters_after=num_weights(model),
-            notes=(f"operation {report.operation} was undone",),
+            notes=(f"operation {asked.operation} was undone",),
             verified=False,
             model_error=None,
         )
 
     return run(changes, record)
-
-
-def check_undo(report: Report, discovery: Discovery) -> None:
-    """Refuse to undo what is not the latest operation on each of its units.
-
-    Raises:
-        UndoError: the operation is not in the model's banks, or a later one intervened.
-    """
-    if not report.operated:
-        raise UndoError("the report holds no operated unit: there is nothing to undo")
-    for name, units in report.operated.items():
-        bank = discovery.places[name].bank if name in discovery.places else None
-        found = set() if bank is None else set(bank.rows.unit[bank.rows.of_operation(report.operation)].tolist())
-        if bank is None or found != set(units):
-            raise UndoError(
-                f"operation {report.operation} on {name!r} is not in this model: it was undone, consolidated, or "
-                "done on another model"
-            )
-        if bool((bank.live_fade()[torch.from_numpy(bank.rows.of_operation(report.operation))] < 1).any()):
-            raise UndoError(
-                f"the frozen rows of operation {report.operation} on {name!r} have begun to fade (retire=), and "
-                "what they were is gone with them; load a checkpoint of before"
-            )
-        later = [unit for unit in units if bank.rows.latest()[unit] != report.operation]
-        if later:
-            raise UndoError(
-                f"operation {bank.rows.latest()[later[0]]} came after operation {report.operation} on units {later} of "
-                f"{name!r}; undo the newest first"
-            )
 
 
 def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Optimizers) -> Iterator[Change]:
