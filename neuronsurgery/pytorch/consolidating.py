@@ -94,7 +94,7 @@ def _check_max_rows(max_rows: int | None, batches: Iterable[Any] | None) -> None
         raise PlanError("max_rows= needs batches=, on which the rows that are left are fitted to all of them")
     if max_rows is not None and session() is not None:
         raise PlanError(
-            "max_rows= fits rows to the batches of one process, and several hold this model: consolidate without it, or "
+            "max_rows= fits rows to the batches of one process, and several hold this model: consolidate without, or "
             "fit a copy on one process and load its state on all (surgery.restore)"
         )
 
