@@ -2,8 +2,9 @@
 
 Three tables: the collectives by themselves, at several sizes; the latency and the time per byte that fit them; and what
 observations and operations take at 1, 2 and 4 processes, beside what the fit says of their collectives. Processes are
-forked, of a gloo group, one thread each; where there are fewer cores than processes they wait for each other's turns,
-and the figures say so. What is printed are medians over rounds, of the slowest process in each.
+forked, of a gloo group, one thread each. Where there are fewer cores than processes, or others work beside them, they
+wait for a turn, in every collective anew; so the fit is to the fastest round of each collective, and beside the time
+that an operation takes stands the processor time of its own work. Times are medians over rounds of the slowest process.
 
     python -m benchmarks.distributed                  # prints the tables
     python -m benchmarks.distributed --json FILE      # also writes what was measured
@@ -36,7 +37,7 @@ from tests.replica_work import batch, counting, network, take
 
 PROCESSES = (1, 2, 4)
 SIZES = (48, 4_096, 65_536, 1_048_576, 8_388_608)
-ROUNDS = 21
+ROUNDS = 101
 OPERATIONS = 5
 MODELS = {"4 units of 40": (32, 1, 4), "4 units of 328": (32, 10, 4), "4 units of 1,032": (1_024, 1, 4)}
 MODELS |= {"256 units of 1,032": (1_024, 1, 256)}
@@ -96,7 +97,7 @@ def _measured(num: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         results: list[Measured] = in_processes(_work, Path(folder), num)
     collectives = {
-        kind: {str(size): _slowest([each["collectives"][kind][size] for each in results]) for size in SIZES}
+        kind: {str(size): _fastest([each["collectives"][kind][size] for each in results]) for size in SIZES}
         for kind in ("all_reduce", "broadcast")
     }
     models = {
@@ -104,6 +105,7 @@ def _measured(num: int) -> Measured:
             what: {
                 "calls": [list(call) for call in results[0]["models"][name][what]["calls"]],
                 "seconds": _slowest([each["models"][name][what]["seconds"] for each in results]),
+                "own": _slowest([each["models"][name][what]["own"] for each in results]),
             }
             for what in ("observation", "operation")
         }
@@ -114,6 +116,10 @@ def _measured(num: int) -> Measured:
 
 def _slowest(seconds: Sequence[Sequence[float]]) -> float:
     return statistics.median(max(each) for each in zip(*seconds, strict=True))
+
+
+def _fastest(seconds: Sequence[Sequence[float]]) -> float:
+    return min(max(each) for each in zip(*seconds, strict=True))
 
 
 def _work(rank: int) -> Measured:
@@ -128,36 +134,36 @@ def _work(rank: int) -> Measured:
 def _timed(exchange: Callable[[torch.Tensor], object], size: int) -> Iterator[float]:
     data = torch.zeros(size, dtype=torch.uint8)
     for _ in range(ROUNDS):
-        yield _seconds(lambda: exchange(data))
+        yield _taken(lambda: exchange(data))[0]
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """How long a call takes that all processes begin together."""
+def _taken(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds and processor seconds of a call that all processes begin together."""
     dist.barrier()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - busy
 
 
 def _model(rank: int, width: int, depth: int, num_units: int) -> Measured:
     """An observation, pooled, and an operation on units of one layer, of one model."""
     model = network(width, depth)
     replica, optimizer = DistributedDataParallel(model), torch.optim.Adam(model.parameters())
-    observing: list[float] = []
-    operating: list[float] = []
+    observing: list[tuple[float, float]] = []
+    operating: list[tuple[float, float]] = []
     units = surgery.Units({"2": list(range(num_units))})
     for step in range(OPERATIONS):
         with surgery.observe(replica, optimizer) as evidence:
             take(replica, optimizer, batch(step, rank))
         with counting() as observed:
-            observing.append(_seconds(lambda seen=evidence: surgery.pooled(replica, seen)))
+            observing.append(_taken(lambda seen=evidence: surgery.pooled(replica, seen)))
         knife = functools.partial(surgery.knife, replica, units, optimizer=optimizer, max_growth=1e9)
         with counting() as operated:
-            operating.append(_seconds(knife))
+            operating.append(_taken(knife))
         surgery.consolidate(replica, optimizer=optimizer)  # so that each operation finds as many rows
     return {
-        "observation": {"calls": observed.calls, "seconds": observing},
-        "operation": {"calls": operated.calls, "seconds": operating},
+        what: {"calls": sent.calls, "seconds": [all_of_it for all_of_it, _ in taken], "own": [own for _, own in taken]}
+        for what, sent, taken in (("observation", observed, observing), ("operation", operated, operating))
     }
 
 
@@ -165,7 +171,9 @@ def _model(rank: int, width: int, depth: int, num_units: int) -> Measured:
 
 
 def _collectives(measured: Mapping[int, Measured]) -> Table:
-    table = Table("collective", "bytes", *(f"{num} processes, ms" for num in measured), title="collectives")
+    table = Table(
+        "collective", "bytes", *(f"{num} processes, ms" for num in measured), title="collectives, the fastest round"
+    )
     for kind in ("all_reduce", "broadcast"):
         for size in map(str, SIZES):
             shown = [f"{each['collectives'][kind][size] * 1e3:.3f}" for each in measured.values()]
@@ -174,16 +182,15 @@ def _collectives(measured: Mapping[int, Measured]) -> Table:
 
 
 def _operations(measured: Mapping[int, Measured], alpha: float, beta: float) -> Table:
-    columns = ("what", "processes", "collectives", "bytes", "ms", "ms more than alone", "ms by the fit")
+    columns = ("what", "processes", "collectives", "bytes", "ms", "ms of own work", "ms of collectives, by the fit")
     table = Table(*columns, title="observations, pooled, and operations")
     for name in MODELS:
         for what in ("observation", "operation"):
-            alone = measured[1]["models"][name][what]["seconds"]
             for num, each in measured.items():
                 own = each["models"][name][what]
-                calls, seconds = own["calls"], own["seconds"]
+                calls = own["calls"]
                 fitted = predicted(calls, num, alpha, beta)
-                times = [f"{value * 1e3:.2f}" for value in (seconds, seconds - alone, fitted)]
+                times = [f"{value * 1e3:.2f}" for value in (own["seconds"], own["own"], fitted)]
                 size = f"{sum(size for _, size in calls):,}"
                 table.add_row(f"{what}: {name}", str(num), str(len(calls)), size, *times)
     return table

@@ -603,8 +603,8 @@ class Schedule(Scheduling):
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.
-        generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
-            processes seed alike.
+        generator: as for `knife`; its state becomes part of the schedule's. None, for a model that several processes
+            hold: one that all seed alike.
         scaler: as for `observe`.
         weights: as for `observe`; what is measured before an operation, in each window anew.
         options: passed on to the method: `max_growth=`, `init=` ...
@@ -1445,6 +1445,8 @@ def attach(model: Any, optimizer: Any) -> None:
 @_together
 def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
     """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
+
+    Of a model that several processes hold (DDP, `replicated`), call it on all of them: they compare what they hold.
 
     Trainable parameters that no optimizer owns or that several do, frozen rows that something could move, banks that
     have no effect or disagree with their layer, step hooks and ages that a copy or a resume has lost, old weights
