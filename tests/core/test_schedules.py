@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,12 @@ class Backend:
 
     def seed(self, model: Any, generator: Any) -> int:
         return 0
+
+    def together(self, model: Any) -> nullcontext[None]:
+        return nullcontext()
+
+    def agreed_units(self, point: str, units: Mapping[str, Any]) -> Mapping[str, Any]:
+        return units
 
 
 class Method:
