@@ -217,8 +217,9 @@ class Watch:
     def agreed(self, value: Any) -> float | None:
         """A value as a number, the mean over all replicas that have one, so that their schedules do the same."""
         group = self.surroundings.group
-        device = next(iter(self.discovery.places.values())).weight.device
-        return _number(value) if group is None else mean_of_all(value, group, device)
+        if group is None:
+            return _number(value)
+        return mean_of_all(value, group, next(self.discovery.model.parameters()).device)
 
     # -- the model
 

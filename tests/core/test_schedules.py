@@ -88,8 +88,8 @@ class Watched:
     def pooled(self) -> Evidence:
         return self.evidence
 
-    def agreed(self, value: Any) -> float:
-        return float(value)
+    def agreed(self, value: Any) -> float | None:
+        return None if value is None else float(value)
 
     def ages(self) -> Mapping[str, Mapping[int, int]]:
         return self.counted
