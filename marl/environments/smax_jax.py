@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,9 @@ try:
 except ImportError as error:
     raise MissingExtraError.of(str(error.name), extra="smax", needed_by="SMAX") from error
 
+OUTSIDE = ("episode_limit", "reward_scale", "scaled_state")
+"""Settings of what is done with a step afterwards, in numpy."""
+
 Array = Any
 """Of JAX or numpy."""
 
@@ -92,7 +95,7 @@ class Lanes(NamedTuple):
     obs: Array
     """(B, N, O), float32."""
     world: Array
-    """(B, S), float32: the state that the learner sees."""
+    """(B, S), float32: what the learner sees, as SMAX has it."""
     avail_actions: Array
     """(B, N, A), bool."""
 
@@ -103,21 +106,27 @@ class Step(NamedTuple):
     lanes: Lanes
     """Where the episodes stand now."""
     reward: Array
-    """(B,), float32."""
+    """(B,), float32: as SMAX has it."""
     is_over: Array
     """(B,), bool: whether a team is dead."""
     is_won: Array
     """(B,), bool: whether that is the enemies', and not both."""
 
 
-@lru_cache(maxsize=16)
 def games_of(settings: SmaxSettings) -> Games:
     """The games of some settings, compiled once for each number of parallel episodes in a process.
 
     Raises:
         SettingsError: there is no such scenario.
     """
-    return Games(_environment(settings), settings)
+    plain = SmaxSettings()  # what does not concern these games, so that they are compiled once for all values of it
+    rest = replace(settings, **{name: getattr(plain, name) for name in OUTSIDE})
+    return _compiled(rest)
+
+
+@lru_cache(maxsize=16)
+def _compiled(settings: SmaxSettings) -> Games:
+    return Games(_environment(settings))
 
 
 class Games:
@@ -128,14 +137,13 @@ class Games:
     for SMAX's `step_env`.
     """
 
-    def __init__(self, environment: Any, settings: SmaxSettings) -> None:
+    def __init__(self, environment: Any) -> None:
         self._environment = environment
-        self._reward_scale = settings.reward_scale
-        self._state_scales = state_scales(environment) if settings.scaled_state else np.float32(1)
         self.num_agents = int(environment.num_agents)
         self.num_actions = int(environment.num_ally_actions)
         self.obs_size, self.state_size = int(environment.obs_size), int(environment.state_size)
         self.map_size = np.array([environment.map_width, environment.map_height])
+        self.state_scales = state_scales(environment)
         self.unit_names: list[str] = list(environment.unit_type_names)
         self.begin = jax.jit(self._begin, static_argnums=1)
         self.step = jax.jit(self._step)
@@ -167,7 +175,7 @@ class Games:
         taken = {agent: actions[number] for number, agent in enumerate(self._environment.agents)}
         seen, state, rewards, _, _ = self._environment.step_env(step_key, lane.state, taken)
         allies, enemies = jnp.split(state.state.unit_alive, [self.num_agents])
-        reward = self._reward_scale * rewards[self._environment.agents[0]]
+        reward = rewards[self._environment.agents[0]]
         is_over = ~(allies.any() & enemies.any())
         return Step(self._shown(key, state, seen), reward, is_over, allies.any() & ~enemies.any())
 
@@ -178,9 +186,14 @@ class Games:
             keys=key,
             state=state,
             obs=jnp.stack([seen[agent] for agent in agents]),
-            world=seen["world_state"] * self._state_scales,
+            world=seen["world_state"],
             avail_actions=jnp.stack([available[agent] for agent in agents]) > 0,
         )
+
+    @property
+    def num_programs(self) -> int:
+        """How many functions were compiled so far."""
+        return int(self.begin._cache_size() + self.step._cache_size())
 
     # -- as arrays of numpy
 
@@ -269,7 +282,6 @@ def _environment(settings: SmaxSettings) -> _Smax:
         units,
         positions,
         scenario=scenario,
-        max_steps=settings.episode_limit,
         see_enemy_actions=settings.see_enemy_actions,
         walls_cause_death=settings.walls_cause_death,
     )
