@@ -332,7 +332,7 @@ def test_all_scenarios_begin_and_their_teams_are_where_and_what_they_should_be()
     assert first_text(scenario="3m", positions="surrounded") != sides[0]
 
 
-def first_text(**options: object) -> list[str]:
+def first_text(**options: Any) -> list[str]:
     environment = make_environment("smax", 2, **options)
     environment.reset(seed=1)
     return environment.text(0).splitlines()
