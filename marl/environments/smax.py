@@ -18,7 +18,7 @@ from marl.environments.smax_settings import STOP, SmaxSettings
 from marl.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from marl.environments.smax_jax import Lanes
+    from marl.environments.smax_games import Lanes
 
 __all__ = ["Smax"]
 
@@ -41,7 +41,7 @@ class Smax:
     """
 
     def __init__(self, settings: SmaxSettings, batch_size: int, *, seed: int = 0) -> None:
-        from marl.environments.smax_jax import games_of  # here, so that nobody else waits for JAX
+        from marl.environments.smax_games import games_of  # here, so that nobody else waits for JAX
 
         self.batch_size = checked_batch_size(batch_size)
         self._games = games_of(settings)

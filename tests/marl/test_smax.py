@@ -23,6 +23,8 @@ from marl.environments.smax_settings import GENERATED, RACES, STOP
 from marl.errors import ActionError, CheckpointError, MissingExtraError, SettingsError
 from marl.evaluation import evaluate
 from marl.logs import read_csv
+from marl.records import Averages
+from marl.rollout import collect
 from tests.marl.environments.battles import NEEDS_SMAX, NUM_BATTLES, SETTINGS, WITHOUT, battles, one_at_a_time
 from tests.marl.environments.playing import uniform_actions
 
@@ -235,7 +237,7 @@ def test_a_battle_saved_in_its_middle_goes_on_as_if_it_had_not_been(game: Smax, 
 
 def test_a_battle_of_other_sizes_is_not_gone_on_with(game: Smax) -> None:
     game.reset()
-    with pytest.raises(CheckpointError, match="go on with 5 episodes of .* found .*: use the scenario"):
+    with pytest.raises(CheckpointError, match=r"go on with 5 episodes of .* found .*: use the scenario"):
         Smax(SETTINGS, 5).load_state_dict(game.state_dict())
 
 
@@ -349,6 +351,16 @@ def test_evaluation_tells_how_many_were_won(game: Smax) -> None:
     assert torch.equal(result.won, result.returns > 10)
 
 
+def test_where_nothing_is_won_nothing_is_said_of_it() -> None:
+    agent = FeedForwardAgent(AgentInputs(num_agents=2, num_actions=3, obs_size=5))
+    game = make_environment("matrix_game", 4)
+    result = evaluate(game, agent, seed=0, num_episodes=4)
+    assert result.won is None and result.win_rate is None
+    averages = Averages()
+    averages.add_episodes(collect(game, agent, epsilon=0.0, seed=0))
+    assert "train/win_rate" not in averages.take()
+
+
 def test_training_from_the_command_line_logs_the_win_rate(_compiled: None, tmp_path: Path) -> None:
     small = ["agent.hidden_size=8", "mixer.embed_size=4", "replay.batch_size=4"]
     words = [f"learning.{each}" for each in small]
@@ -369,7 +381,8 @@ def test_training_from_the_command_line_logs_the_win_rate(_compiled: None, tmp_p
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "jax"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "marl.environments.smax_jax", raising=False)
+    for name in ("smax_jax", "smax_games"):
+        monkeypatch.delitem(sys.modules, f"marl.environments.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "jax", None)
     needed = r"jax is not installed; install what SMAX needs with `pip install 'neuronsurgery\[smax\]'`"
     with pytest.raises(MissingExtraError, match=needed):
