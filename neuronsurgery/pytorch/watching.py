@@ -340,8 +340,9 @@ def ages_of(discovery: Discovery, optimizers: Sequence[Optimizer]) -> dict[str, 
         now = optimizer_state.age_clock(optimizers, place.weight)
         if place.bank is None or now is None:
             continue
-        births = {m.unit: m.births[0] for m in place.bank.rows.members()}  # in order: the latest operation stays
-        found[name] = {unit: now - born for unit, born in births.items() if 0 <= born <= now}
+        rows = place.bank.rows
+        born = dict(zip(rows.unit.tolist(), rows.steps(0), strict=True))  # in order: the latest operation stays
+        found[name] = {unit: now - step for unit, step in born.items() if step is not None and step <= now}
     return found
 
 
