@@ -1,7 +1,8 @@
 """What processes that hold one model send each other, and how long that takes: per observation and per operation.
 
-Three tables: the collectives by themselves, at several sizes; the latency and the time per byte that fit them; and what
-observations and operations take at 1, 2 and 4 processes, beside what the fit says of their collectives. Processes are
+The collectives by themselves, at several sizes, with the latency and the time per byte that fit them; what observations
+and operations take at 1, 2 and 4 processes, beside what the fit says of their collectives; and how the work that each
+process does by itself grows with the model. Processes are
 forked, of a gloo group, one thread each. Where there are fewer cores than processes, or others work beside them, they
 wait for a turn, in every collective anew; so the fit is to the fastest round of each collective, and beside the time
 that an operation takes stands the processor time of its own work. Times are medians over rounds of the slowest process.
@@ -42,6 +43,8 @@ OPERATIONS = 5
 MODELS = {"4 units of 40": (32, 1, 4), "4 units of 328": (32, 10, 4), "4 units of 1,032": (1_024, 1, 4)}
 MODELS |= {"256 units of 1,032": (1_024, 1, 256)}
 
+OWN_WORK = ((64, 2, 1), (64, 32, 1), (64, 32, 32), (1_024, 2, 1), (2_048, 2, 1), (2_048, 2, 2))
+
 Measured = dict[str, Any]
 
 
@@ -54,6 +57,7 @@ def main() -> None:
     console.print(f"fit: alpha {alpha * 1e6:.0f} microseconds a message, beta {beta * 1e9:.2f} nanoseconds a byte")
     console.print(f"{os.cpu_count()} cores, gloo over the loopback device, torch {torch.__version__}\n")
     console.print(_operations(measured, alpha, beta))
+    console.print(_alone())
     if "--json" in sys.argv:
         Path(sys.argv[-1]).write_text(json.dumps({"alpha": alpha, "beta": beta, "measured": measured}))
 
@@ -167,6 +171,24 @@ def _model(rank: int, width: int, depth: int, num_units: int) -> Measured:
     }
 
 
+def _own_work(width: int, depth: int, num_sites: int) -> tuple[float, float]:
+    """Processor seconds of an operation on four units of each of so many square layers, and of copying one of these."""
+    model = network(width, depth + 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    take(model, optimizer, batch(0, 0))
+    units = surgery.Units({str(2 * site + 4): [0, 1, 2, 3] for site in range(num_sites)})
+    weight, seconds, copying = model.get_submodule("4").get_parameter("weight").detach(), [], []
+    for _ in range(OPERATIONS):
+        start = time.process_time()
+        surgery.knife(model, units, optimizer=optimizer, max_growth=1e9)
+        seconds.append(time.process_time() - start)
+        start = time.process_time()
+        weight.clone()
+        copying.append(time.process_time() - start)
+        surgery.consolidate(model, optimizer=optimizer)
+    return min(seconds), min(copying)
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +200,15 @@ def _collectives(measured: Mapping[int, Measured]) -> Table:
         for size in map(str, SIZES):
             shown = [f"{each['collectives'][kind][size] * 1e3:.3f}" for each in measured.values()]
             table.add_row(kind, f"{int(size):,}", *shown)
+    return table
+
+
+def _alone() -> Table:
+    columns = ("width", "square layers", "of these operated on", "ms of own work", "ms of copying one layer")
+    table = Table(*columns, title="one process, one thread, no group: the fastest round")
+    for width, depth, num_sites in OWN_WORK:
+        times = (f"{seconds * 1e3:.2f}" for seconds in _own_work(width, depth, num_sites))
+        table.add_row(f"{width:,}", str(depth), str(num_sites), *times)
     return table
 
 
