@@ -126,12 +126,13 @@ class Later:
 
 
 class Call:
-    """Something that was done already, or needs no doing, and how it is taken back."""
+    """Something that is done by a call, or taken back by one, or both."""
 
-    def __init__(self, undo: Callable[[], object]) -> None:
-        self.undo = undo
+    def __init__(self, undo: Callable[[], object] = lambda: None, do: Callable[[], object] = lambda: None) -> None:
+        self.undo, self.do = undo, do
 
-    def apply(self) -> None: ...
+    def apply(self) -> None:
+        self.do()
 
     def revert(self) -> None:
         self.undo()
