@@ -113,7 +113,7 @@ class Life:
         return self.way, operated, f"{drift:.1e}", most, rows, *live, ratio, *self.rested()
 
     def rested(self) -> tuple[int, str]:
-        """The rows that are left once nothing was operated on for as long as a fade lasts, and what a step costs then."""
+        """The rows left once nothing was operated on for as long as a fade lasts, and what a step costs then."""
         for _ in range(RETIRE):
             train(self.model, self.optimizer, self.x, self.y)
         self.consolidate()
