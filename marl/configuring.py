@@ -69,8 +69,10 @@ def configure(*layers: Layer) -> RunSettings:
     """
     algorithm = leaf(Algorithm, _latest("algorithm", layers), "algorithm")
     learning = preset(leaf(PresetName, _latest("preset", ({"preset": "pymarl"}, *layers)), "preset"), algorithm)
-    chosen = [{name: value for name, value in modern(layer).items() if name != "preset"} for layer in layers]
-    base = {"learning": _plain(learning)}
+    chosen: list[Layer] = [
+        {name: value for name, value in modern(layer).items() if name != "preset"} for layer in layers
+    ]
+    base: Layer = {"learning": _plain(learning)}
     chosen = [*_of_sequence(chosen), *chosen]
     builder = Filler(MIXERS[algorithm])
     settings: RunSettings = builder.value(RunSettings, [base, *_without_mixers(chosen, algorithm)], path="")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from marl.environments.smax_settings import POSITIONS, RACES
 from marl.environments.tasks import Task
 
 __all__ = ["SEQUENCES", "NamedSequence"]
@@ -31,9 +32,9 @@ def _and_back(*tasks: Task) -> tuple[Task, ...]:
     return (*tasks, tasks[0])
 
 
-def _drift(environment: str, pad: Mapping[str, int] | None = None, **games: Mapping[str, object]) -> tuple[Task, ...]:
-    """Variants of one environment by their names, and then the first again."""
-    return _and_back(*(Task(name, environment, options, pad=pad or {}) for name, options in games.items()))
+def _drift(environment: str, games: Mapping[str, Mapping[str, object]], **pad: int) -> tuple[Task, ...]:
+    """Variants of one environment by their names, and then the first again; sizes to be padded to."""
+    return _and_back(*(Task(name, environment, options, pad=pad) for name, options in games.items()))
 
 
 def _lengths(num_steps: int, exploring: int) -> dict[str, object]:
@@ -51,47 +52,38 @@ FIVE = tuple(
     # The best joint action of each is elsewhere than that of the one before, also on the way back.
     for name in ("knife", "qtran", "penalty_25", "qrelation_9", "climbing")
 )
+CAPTURES: Mapping[str, Mapping[str, object]] = {
+    "two_leave": {"punishment": 0.0},
+    "three_leave": {"punishment": 0.0, "stag_catchers": 3},
+    "two_stay": {"punishment": 0.0, "capture_freezes": False},
+    "three_stay": {"punishment": 0.0, "stag_catchers": 3, "capture_freezes": False},
+}
+GRIDS = {f"grid_{size}": {"height": size, "width": size, "punishment": 0.0} for size in (8, 10, 12)}
+NUMBERS = {name: {"scenario": name} for name in ("5gen_protoss", "10gen_protoss", "10gen_protoss_vs_11")}
 PREDATOR_PREY = _lengths(250_000, exploring=50_000)
 SMAX = _lengths(500_000, exploring=50_000)
-STARCRAFT = _lengths(2_000_000, exploring=100_000)
 
 SEQUENCES: Mapping[str, NamedSequence] = {
     "matrix_five": NamedSequence("five matrix games, and the first again", _and_back(*FIVE), MATRIX),
     "matrix_stationary": NamedSequence("the first of the five alone", FIVE[:1], MATRIX),
     "predator_prey_punishment": NamedSequence(
         "what it costs when too few predators catch",
-        _drift(
-            "predator_prey",
-            unpunished={"punishment": 0.0},
-            mild={"punishment": -1.0},
-            harsh={"punishment": -2.0},
-            harsher={"punishment": -4.0},
-        ),
+        _drift("predator_prey", {f"punishment_{cost}": {"punishment": -float(cost)} for cost in (0, 1, 2, 4)}),
         PREDATOR_PREY,
     ),
     "predator_prey_capture": NamedSequence(
         "how many have to catch a stag, and whether they leave the game with it",
-        _drift(
-            "predator_prey",
-            two_catch={"punishment": 0.0},
-            three_catch={"punishment": 0.0, "stag_catchers": 3},
-            two_stay={"punishment": 0.0, "capture_freezes": False},
-            three_stay={"punishment": 0.0, "stag_catchers": 3, "capture_freezes": False},
-        ),
+        _drift("predator_prey", CAPTURES),
         PREDATOR_PREY,
     ),
     "predator_prey_hunters": NamedSequence(
         "which two of six predators get five times as much for a hare",
-        _drift("predator_prey_s", **{f"hunters_{seed}": {"hunter_seed": seed} for seed in (0, 1, 2)}),
+        _drift("predator_prey_s", {f"hunters_{seed}": {"hunter_seed": seed} for seed in (0, 1, 2)}),
         PREDATOR_PREY,
     ),
     "predator_prey_grid": NamedSequence(
         "how large the grid is; states are padded to those of the largest",
-        _drift(
-            "predator_prey",
-            pad={"state": 3 * 12 * 12},
-            **{f"grid_{size}": {"height": size, "width": size, "punishment": 0.0} for size in (8, 10, 12)},
-        ),
+        _drift("predator_prey", GRIDS, state=3 * 12 * 12),
         PREDATOR_PREY,
     ),
     "predator_prey_stationary": NamedSequence(
@@ -99,29 +91,17 @@ SEQUENCES: Mapping[str, NamedSequence] = {
     ),
     "smax_races": NamedSequence(
         "what both teams are made of, five against five on SMAX",
-        _drift("smax", **{race: {"scenario": f"5gen_{race}"} for race in ("protoss", "terran", "zerg")}),
+        _drift("smax", {race: {"scenario": f"5gen_{race}"} for race in RACES}),
         SMAX,
     ),
     "smax_positions": NamedSequence(
         "where five Protoss begin on SMAX",
-        _drift(
-            "smax",
-            **{
-                places: {"scenario": "5gen_protoss", "positions": places}
-                for places in ("facing", "reflected", "surrounded", "surrounded_or_reflected")
-            },
-        ),
+        _drift("smax", {places: {"scenario": "5gen_protoss", "positions": places} for places in POSITIONS}),
         SMAX,
     ),
     "smax_numbers": NamedSequence(
         "how many Protoss fight on SMAX; smaller teams are padded with units that see and do nothing",
-        _drift(
-            "smax",
-            pad={"agents": 10, "actions": 16, "obs": 0, "state": 0},
-            five={"scenario": "5gen_protoss"},
-            ten={"scenario": "10gen_protoss"},
-            ten_against_eleven={"scenario": "10gen_protoss_vs_11"},
-        ),
+        _drift("smax", NUMBERS, agents=10, actions=16, obs=270, state=252),
         SMAX,
     ),
     "smax_stationary": NamedSequence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from marl.all_tasks import TaskReturn
 from marl.errors import MarlError, MissingExtraError
-from marl.logs import read_csv, steps_until
+from marl.logs import read_csv
 from marl.run_settings import RunSettings
 from marl.tasks_log import NAME, read_returns
 from marl.transfer import Transfer, area, gains, matrix_of, transfer_of
@@ -82,8 +83,8 @@ def _draw(axes: Axes, settings: RunSettings, returns: Sequence[TaskReturn], meas
     for number, game in enumerate(games):
         points = [(each.steps, getattr(each, measure)) for each in returns if each.task == game]
         axes.plot(*zip(*points, strict=True), color=f"C{number}", marker=".", label=game)
-    for place, task in enumerate(settings.tasks.tasks):
-        span = steps_until(settings, place), steps_until(settings, place + 1)
+    ends = list({each.num_finished: each.steps for each in reversed(returns)}.values())[::-1]
+    for task, span in zip(settings.tasks.tasks, pairwise(ends), strict=False):  # a run may not be at its end
         axes.axvspan(*span, color=f"C{games.index(task.name)}", alpha=0.1, linewidth=0)
     axes.set(xlabel="steps of the environment", ylabel=TITLES[measure])
     axes.legend(fontsize="small")
