@@ -1,0 +1,194 @@
+"""Sharded tensors: parameters of which each process holds a part, as FSDP2 and tensor parallelism leave them.
+
+A parameter is a `DTensor` then. What belongs to a unit is read and written through the part that is here: a process
+edits the rows that it holds, and no parameter is ever gathered. `held` is that part, `Shard` where it lies in the
+whole; `own_rows` says which of some units' rows are in it, `taken` collects some units' rows on all processes, at the
+cost of these rows alone, and `part_of` cuts the part out of a tensor that is whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neuronsurgery.errors import DistributedError
+from neuronsurgery.pytorch.unit_axes import UnitAxes
+
+__all__ = [
+    "Shard",
+    "blank",
+    "held",
+    "is_sharded",
+    "mesh_of",
+    "norms_by_unit",
+    "own_rows",
+    "part_of",
+    "problem_of",
+    "shard_of",
+    "sharded_like",
+    "whole",
+]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether each process holds a part of a tensor, or a copy that torch keeps the same."""
+    module = sys.modules.get("torch.distributed.tensor")  # importing it takes seconds; without it there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory: all of it, unless it is sharded."""
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    local: Tensor = sharded._local_tensor
+    return local.detach()
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """The mesh of processes that a model's parameters are sharded over; None where none is.
+
+    Raises:
+        DistributedError: they are sharded over several meshes.
+    """
+    meshes: list[Any] = []
+    for parameter in model.parameters():
+        if is_sharded(parameter) and (mesh := parameter.device_mesh) not in meshes:  # type: ignore[attr-defined]
+            meshes.append(mesh)
+    if len(meshes) > 1:
+        found = ", ".join(str(mesh) for mesh in meshes)
+        raise DistributedError(
+            f"the model's parameters are sharded over several meshes of processes: {found}. Operate on a part of the "
+            "model that has one, or before it is sharded"
+        )
+    return meshes[0] if meshes else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the part that this process holds lies in the whole tensor, axis by axis.
+
+    `is_first`: no process before this one holds the same part.
+    """
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    is_first: bool
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What cuts the part out of the whole."""
+        return tuple(slice(first, first + size) for first, size in zip(self.offsets, self.sizes, strict=True))
+
+    def rows(self, axes: UnitAxes) -> slice:
+        """The units of which something is here."""
+        return self.slices[axes.axes[0]]
+
+    def columns(self, axes: UnitAxes) -> tuple[slice, ...]:
+        """Which part of their rows is here."""
+        return tuple(one for axis, one in enumerate(self.slices) if axis != axes.axes[0])
+
+
+def shard_of(tensor: Any) -> Shard:
+    """Where the part of a sharded tensor that is here lies; of any other tensor all of it is."""
+    shape = tuple(tensor.shape)
+    if not is_sharded(tensor):
+        return Shard(shape, (0,) * len(shape), shape, True)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+    coordinate = mesh.get_coordinate() or ()
+    is_first = all(at == 0 for at, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
+    return Shard(shape, tuple(offsets), tuple(sizes), is_first)
+
+
+def problem_of(tensor: Any, axes: UnitAxes | None) -> str:
+    """Why no rows of a sharded tensor can be told apart, "" where they can."""
+    if not is_sharded(tensor):
+        return ""
+    if any(placement.is_partial() for placement in tensor.placements):
+        return "its values are sums that are still spread over processes"
+    if axes is not None and (axes.groups > 1 or len(axes.axes) > 1):
+        return f"its units are numbered by axes {axes.axes} in {axes.groups} groups, and it is sharded"
+    return ""
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def own_rows(tensor: Tensor, units: Tensor, axes: UnitAxes) -> tuple[Tensor, Tensor]:
+    """Of some units, (r,) int64, those that this process holds rows of: which they are, and where in `held(tensor)`."""
+    rows = shard_of(tensor).rows(axes)
+    which = ((units >= rows.start) & (units < rows.stop)).nonzero().squeeze(1)
+    return which, units[which] - rows.start
+
+
+def own_values(tensor: Tensor, values: Tensor, which: Tensor, axes: UnitAxes) -> Tensor:
+    """The part that this process holds of rows, (r, *row_shape), of which it holds those."""
+    return values.index_select(0, which)[(slice(None), *shard_of(tensor).columns(axes))]
+
+
+def blank(tensor: Tensor, num_rows: int, axes: UnitAxes) -> Tensor:
+    """Zeros of the shape that so many whole rows of a tensor have, beside it."""
+    row_shape = [size for axis, size in enumerate(tensor.shape) if axis != axes.axes[0]]
+    return torch.zeros(num_rows, *row_shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def own_share(tensor: Tensor, units: Tensor, axes: UnitAxes) -> Tensor:
+    """The rows of some units as far as this process is the first to hold them, zeros elsewhere: shares to be summed."""
+    share, shard = blank(tensor, len(units), axes), shard_of(tensor)
+    if shard.is_first:
+        which, rows = own_rows(tensor, units, axes)
+        share[(which[(...,) + (None,) * (share.dim() - 1)], *_grids(shard.columns(axes)))] = axes.take(
+            held(tensor), rows
+        )
+    return share
+
+
+def _grids(columns: Sequence[slice]) -> list[Tensor]:
+    """Index tensors of a block's columns, to be broadcast beside those of its rows."""
+    return [
+        torch.arange(one.start, one.stop)[(None,) * (place + 1) + (slice(None),) + (None,) * (len(columns) - place - 1)]
+        for place, one in enumerate(columns)
+    ]
+
+
+def norms_by_unit(tensor: Tensor, axes: UnitAxes) -> Tensor:
+    """Squares of the 2-norms of all units' rows as far as they are here, zeros elsewhere, (num_units,): to be summed."""
+    shard, local = shard_of(tensor), held(tensor)
+    squares = torch.zeros(axes.num_units(tensor.shape), dtype=torch.float64, device=local.device)
+    if shard.is_first:
+        flat = axes.rows(local).reshape(shard.rows(axes).stop - shard.rows(axes).start, -1)
+        squares[shard.rows(axes)] = flat.double().square().sum(1)
+    return squares
+
+
+# -- whole tensors ---------------------------------------------------------------------------------------------------
+
+
+def part_of(tensor: Tensor, values: Tensor) -> Tensor:
+    """The part of `values`, whole or sharded alike, that belongs where this process holds its part of a tensor."""
+    return held(values) if is_sharded(values) or not is_sharded(tensor) else values[shard_of(tensor).slices]
+
+
+def sharded_like(tensor: Any, values: Tensor) -> Tensor:
+    """A whole tensor, the same on all processes, sharded as another one of the same shape is: nothing is sent."""
+    from torch.distributed.tensor import DTensor
+
+    part = part_of(tensor, values).contiguous()
+    return DTensor.from_local(  # type: ignore[no-any-return]
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=values.shape, stride=values.stride()
+    )
+
+
+def whole(tensor: Any) -> Tensor:
+    """All of a tensor on every process; all of them have to ask for it."""
+    with torch.no_grad():
+        return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
