@@ -20,6 +20,7 @@ from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
+from neuronsurgery.pytorch.sharding import gathered, is_sharded, whole
 from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
@@ -186,8 +187,10 @@ class Composite(nn.Module):
         self.clocks: tuple[Clock | None, ...] = ()  # what its births are counted by, where no optimizer does
         self.growing_tables: dict[str, Tensor | None] = {}
         self.fixed_tables: dict[str, Tensor | None] = {}
+        self.is_freed = True  # sharded rows are gathered anew for the backward pass, as FSDP's parameters are
+        room = next((len(value) for value in values if is_sharded(value)), room_for(len(rows), num_units))
         for name, value in zip(self.buffer_names(), values, strict=True):
-            self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
+            self.register_buffer(name, value if value is None or is_sharded(value) else _padded(value, room))
         self.register_buffer("fade", None)
         self._fade_as(rows, fade)
         self._tabulate()
@@ -232,7 +235,8 @@ class Composite(nn.Module):
         for name, value in self.tables(self.rows).items():
             setattr(self, name, value)
         for name in (*self.buffer_names(), "fade"):
-            _let_grow(self._buffers[name], 0)
+            if not is_sharded(self._buffers[name]):
+                _let_grow(self._buffers[name], 0)
 
     def _stored(self, name: str) -> Any:
         """A buffer, read so that torch's compiler takes its size for one that may change.
@@ -241,6 +245,11 @@ class Composite(nn.Module):
         exported program is of one size.
         """
         return getattr(self, name) if torch.compiler.is_exporting() else self.__dict__["_buffers"][name]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the frozen rows."""
+        return is_sharded(self._buffers["frozen_weight"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
@@ -257,19 +266,29 @@ class Composite(nn.Module):
         self._tabulate()
 
     def live(self, name: str) -> Tensor | None:
-        """The rows in use of one buffer, (num_rows, ...)."""
+        """The rows in use of one buffer, (num_rows, ...); of sharded ones all processes have to ask."""
         value: Tensor | None = getattr(self, name)
-        return None if value is None else value[: len(self.rows)]
+        return None if value is None else whole(value)[: len(self.rows)]
 
     def frozen(self) -> dict[str, Tensor]:
-        """The rows in use of what no step changes, and the fade: all but running statistics, by buffer."""
+        """The rows in use of what no step changes, and the fade: all but running statistics, by buffer.
+
+        Sharded ones are left out.
+        """
         names = (name for name in (*self.buffer_names(), "fade") if not name.startswith("running"))
-        return {name: value for name in names if (value := self.live(name)) is not None}
+        kept = (name for name in names if not is_sharded(self._buffers[name]))
+        return {name: value for name in kept if (value := self.live(name)) is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
         weight, bias = (self._stored(name) for name in FIRST_NAMES)
-        return self.product(x, weight, bias, self.units.to(x.device))
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # the slots' was cast as well
+            bias = None if bias is None else bias.to(x.dtype)
+            weight = weight.to(x.dtype)
+        if not is_sharded(weight):
+            return self.product(x, weight, bias, self.units.to(x.device))
+        with gathered(weight, self.is_freed and x.requires_grad) as rows:
+            return self.product(x, rows, bias, self.units.to(x.device))
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""

@@ -133,7 +133,7 @@ def _misfit(buffer: str, value: Tensor | None, slots: Slots | None, room: int) -
         return
     if len(value) != room:
         yield f"'{buffer}' has room for {len(value)} rows, its structure asks for {room}"
-    shape = slots.rows().shape[1:]
+    shape = slots.row_shape
     if value.shape[1:] != shape:
         yield f"'{buffer}' has rows of shape {tuple(value.shape[1:])}, the layer's are {tuple(shape)}"
     if (value.dtype, value.device) != (slots.tensor.dtype, slots.tensor.device):

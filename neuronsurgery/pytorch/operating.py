@@ -7,6 +7,7 @@ producer and activation apply the bank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuronsurgery.composites import Rows
+from neuronsurgery.composites import Rows, room_for
 from neuronsurgery.errors import ModelError, PlanError, UndoError
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
-from neuronsurgery.pytorch.checking import SameOutput, check_composite
+from neuronsurgery.pytorch.checking import SameOutput, Trial, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many
 from neuronsurgery.pytorch.drawing import Drawn, Init, check_drawing, drawn_alike, generator_kept, seed_for
@@ -32,9 +33,11 @@ from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.reducing import removable, without
 from neuronsurgery.pytorch.rewriting import class_changes
+from neuronsurgery.pytorch.sharding import appended, held, is_sharded
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
+from neuronsurgery.pytorch.trying import trial_of
 from neuronsurgery.reports import Report
 
 __all__ = ["banked_names", "banks_of", "check_plan", "next_operation", "num_weights", "operate", "slot_changes", "undo"]
@@ -123,7 +126,7 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         if len(set(units)) != len(units) or not all(0 <= unit < place.site.num_units for unit in units):
             raise PlanError(f"units {list(units)} of {name!r} must be distinct and below {place.site.num_units}")
         for slots in place.slots:
-            if slots is not None and not bool(slots.tensor.detach().isfinite().all()):
+            if slots is not None and not bool(held(slots.tensor.detach()).isfinite().all()):
                 raise ModelError(
                     f"the weights of {name!r} are not finite (NaN or infinity); restore the model from a checkpoint, "
                     "a composite unit would keep the NaN for good"
@@ -162,9 +165,16 @@ def graft(drawn: Drawn, operation: Operation) -> Graft:
     births = _births(place, optimizers)
     if operation.retire:
         require_counted(place, births)
-    bank = _extended_bank(place, chosen, fresh, operation, births)
+    old = _with_room(place, len(chosen), operation.max_growth)
+    structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
+        chosen.tolist(), operation.number, [births] * len(chosen), operation.retire
+    )
+    knowledge = [None if slots is None else slots.take(chosen) for slots in place.slots]
+    added = [_added(old_rows, drawn) for old_rows, drawn in zip(knowledge, fresh, strict=True)]
+    bank = _extended_bank(place, old, structure, added)
     bank.train(place.owners[0][0].training)
-    error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
+    trial = trial_of(place, chosen, knowledge, bank) if bank.is_sharded or is_sharded(place.weight) else None
+    error = check_composite(place, _renewed_slots(place, chosen, fresh, trial), bank, trial)
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawn.notes)
     for slots in place.renewed:
@@ -183,28 +193,35 @@ def _births(place: Place, optimizers: Optimizers) -> list[int]:
     return [-1 if step is None else step for step in steps]
 
 
+def _added(knowledge: Tensor | None, drawn: Tensor | None) -> Tensor | None:
+    """The rows that an operation adds to one buffer: the units' old ones, and copies of the fresh."""
+    return None if knowledge is None else torch.cat([knowledge, knowledge if drawn is None else drawn])
+
+
 def _extended_bank(
-    place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: Operation, births: list[int]
+    place: Place, old: Composite | None, structure: Rows, added: Sequence[Tensor | None]
 ) -> Composite:
-    """A bank with a knowledge and a compensation row for each unit appended."""
-    old = _with_room(place, len(units), operation.max_growth)
-    structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
-        units.tolist(), operation.number, [births] * len(units), operation.retire
-    )
-    values: list[Tensor | None] = []
-    for name, slots, drawn in zip(place.buffer_names, place.slots, fresh, strict=True):
-        if slots is None:
-            values.append(None)
-            continue
-        knowledge = slots.take(units)
-        compensation = knowledge if drawn is None else drawn
-        frozen = [] if old is None else [old.live(name)]
-        values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
-    faded = torch.ones(0, device=units.device) if old is None else old.live_fade()
-    fade = torch.cat([faded, faded.new_ones(2 * len(units))])
+    """A bank with these rows, of which the last are added."""
+    room = room_for(len(structure), place.site.num_units)
+    values = [
+        rows if rows is None or old is None else _appended(old, name, rows, room)
+        for name, rows in zip(place.buffer_names, added, strict=True)
+    ]
+    num_old = 0 if old is None else len(old.rows)
+    faded = torch.ones(0, device=place.weight.device) if old is None else old.live_fade()
+    fade = torch.cat([faded, faded.new_ones(len(structure) - num_old)])
     bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
+
+
+def _appended(old: Composite, name: str, added: Tensor, room: int) -> Tensor:
+    """The rows of one buffer of a bank, and those that are added."""
+    value = old._buffers[name]
+    if value is not None and is_sharded(value):
+        return appended(value, len(old.rows), added, room)
+    live = old.live(name)
+    return added if live is None else torch.cat([live, added])
 
 
 def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | None:
@@ -215,9 +232,11 @@ def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | 
     return without(bank, removable(bank))
 
 
-def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _renewed_slots(
+    place: Place, units: Tensor, fresh: Sequence[Tensor | None], trial: Trial | None
+) -> list[Tensor | None]:
     """All units' rows of each of the slots, as they will be."""
-    rows = [None if slots is None else slots.rows() for slots in place.slots]
+    rows = [None if slots is None else slots.rows() for slots in place.slots] if trial is None else trial.before
     return [
         old if old is None or drawn is None else old.index_copy(0, units, drawn.to(old))
         for old, drawn in zip(rows, fresh, strict=True)
@@ -375,9 +394,9 @@ def banked_names(discovery: Discovery) -> set[str]:
 def num_weights(model: nn.Module) -> int:
     """The numbers a model stores: its parameters and its live frozen rows."""
     frozen = sum(
-        int(value.numel())
+        len(bank.rows) * math.prod(value.shape[1:])
         for bank in banks_of(model)
         for name in bank.buffer_names()
-        if (value := bank.live(name)) is not None
+        if (value := bank._buffers[name]) is not None
     )
     return sum(p.numel() for p in model.parameters()) + frozen

@@ -171,8 +171,7 @@ def _frozen_rows(place: Place, path: str, structure: Structure, entries: Entries
                 raise StateError(f"the bank at '{path}' holds '{name}', and '{place.site.name}' has no such parameter")
             yield None
             continue
-        shape = slots.take(torch.zeros(1, dtype=torch.long, device=slots.tensor.device)).shape[1:]
-        kept = _check_rows(f"{path}.{name}", value, num_rows, shape)
+        kept = _check_rows(f"{path}.{name}", value, num_rows, slots.row_shape)
         yield kept.to(slots.tensor.dtype) if slots.tensor.is_meta else kept.to(slots.tensor)
 
 

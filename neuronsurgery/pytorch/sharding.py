@@ -9,28 +9,40 @@ cost of these rows alone, and `part_of` cuts the part out of a tensor that is wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DistributedError
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
 __all__ = [
+    "ASKED",
     "Shard",
+    "appended",
     "blank",
+    "gathered",
     "held",
     "is_sharded",
+    "is_sharded_alike",
     "mesh_of",
-    "norms_by_unit",
+    "squared_norms",
     "own_rows",
+    "own_share",
+    "own_units",
+    "own_values",
     "part_of",
     "problem_of",
+    "row_axis",
     "shard_of",
     "sharded_like",
+    "sharded_rows",
     "whole",
 ]
 
@@ -39,6 +51,16 @@ def is_sharded(tensor: Any) -> bool:
     """Whether each process holds a part of a tensor, or a copy that torch keeps the same."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it takes seconds; without it there are none
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_sharded_alike(tensor: Any, other: Any) -> bool:
+    """Whether a tensor is sharded as another one of its shape is."""
+    return (
+        is_sharded(tensor)
+        and tensor.shape == other.shape
+        and tensor.device_mesh == other.device_mesh
+        and tensor.placements == other.placements
+    )
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -130,6 +152,11 @@ def own_rows(tensor: Tensor, units: Tensor, axes: UnitAxes) -> tuple[Tensor, Ten
     return which, units[which] - rows.start
 
 
+def own_units(tensor: Tensor, units: Tensor, axes: UnitAxes) -> Tensor:
+    """Of some units, (r,) int64, those of which this process holds something, as `held(tensor)` counts them."""
+    return own_rows(tensor, units, axes)[1] if is_sharded(tensor) else units
+
+
 def own_values(tensor: Tensor, values: Tensor, which: Tensor, axes: UnitAxes) -> Tensor:
     """The part that this process holds of rows, (r, *row_shape), of which it holds those."""
     return values.index_select(0, which)[(slice(None), *shard_of(tensor).columns(axes))]
@@ -160,13 +187,16 @@ def _grids(columns: Sequence[slice]) -> list[Tensor]:
     ]
 
 
-def norms_by_unit(tensor: Tensor, axes: UnitAxes) -> Tensor:
-    """Squares of the 2-norms of all units' rows as far as they are here, zeros elsewhere, (num_units,): to be summed."""
-    shard, local = shard_of(tensor), held(tensor)
-    squares = torch.zeros(axes.num_units(tensor.shape), dtype=torch.float64, device=local.device)
+def squared_norms(tensor: Tensor, norms: Tensor, axes: UnitAxes) -> Tensor:
+    """Squares of the norms of the rows that are here, as far as they are, zeros for others, (num_units,): to be summed.
+
+    `norms`: those of the rows of `held(tensor)`. Squared in float64, the norm of a row that is whole here comes back
+    as it was.
+    """
+    shard = shard_of(tensor)
+    squares = torch.zeros(axes.num_units(tensor.shape), dtype=torch.float64, device=norms.device)
     if shard.is_first:
-        flat = axes.rows(local).reshape(shard.rows(axes).stop - shard.rows(axes).start, -1)
-        squares[shard.rows(axes)] = flat.double().square().sum(1)
+        squares[shard.rows(axes)] = norms.double().square()
     return squares
 
 
@@ -188,7 +218,84 @@ def sharded_like(tensor: Any, values: Tensor) -> Tensor:
     )
 
 
+def sharded_rows(tensor: Any, rows: Tensor) -> Tensor:
+    """Rows that all processes have, (n, ...), sharded along axis 0 over those that a parameter is: nothing is sent.
+
+    Rows are added, copies of the first, so that each process holds as many.
+    """
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Shard as Along
+
+    axis = row_axis(tensor)
+    size = tensor.device_mesh.size(axis)
+    room = -(-len(rows) // size) * size
+    padded = torch.cat([rows, rows[:1].expand(room - len(rows), *rows.shape[1:])])
+    own = padded.chunk(size)[tensor.device_mesh.get_local_rank(axis)].clone()
+    placements = [Along(0) if each == axis else Replicate() for each in range(tensor.device_mesh.ndim)]
+    return DTensor.from_local(own, tensor.device_mesh, placements, run_check=False)  # type: ignore[no-any-return]
+
+
+def appended(tensor: Any, num: int, added: Tensor, room: int) -> Any:
+    """Sharded rows with others, (r, ...), behind the first `num`: in the room there is, else all of them in `room`.
+
+    All processes have what is added; more is sent only where the rows need new room.
+    """
+    if num + len(added) > len(tensor):
+        rows = torch.cat([whole(tensor)[:num], added])
+        return sharded_rows(tensor, torch.cat([rows, rows[:1].expand(room - len(rows), *rows.shape[1:])]))
+    from torch.distributed.tensor import DTensor
+
+    own = held(tensor).clone()
+    which, rows = own_rows(tensor, torch.arange(num, num + len(added), device=added.device), UnitAxes())
+    own.index_copy_(0, rows, added.index_select(0, which).to(own))
+    return DTensor.from_local(own, tensor.device_mesh, tensor.placements, run_check=False)
+
+
+def row_axis(tensor: Any) -> int:
+    """The axis of a parameter's mesh over which frozen rows are sharded: the last over which it is sharded itself."""
+    return max(axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate())
+
+
+@contextmanager
+def gathered(tensor: Any, is_freed: bool) -> Iterator[Tensor]:
+    """Sharded rows, all of them, to compute with in this block.
+
+    `is_freed`: what autograd would keep of them until the backward pass is freed, and gathered anew by then.
+    """
+    rows = _all_gathered(tensor)
+    if not is_freed or torch.compiler.is_compiling():
+        yield rows
+        return
+    storage = rows.untyped_storage().data_ptr()
+
+    def pack(saved: Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != storage:
+            return saved
+        return saved.shape, saved.stride(), saved.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else _all_gathered(tensor).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield rows
+
+
+def _all_gathered(tensor: Any) -> Tensor:
+    own = tensor.detach().to_local().contiguous()
+    rows = own.new_empty(len(tensor), *own.shape[1:])
+    dist.all_gather_into_tensor(rows, own, group=tensor.device_mesh.get_group(row_axis(tensor)))
+    return rows
+
+
 def whole(tensor: Any) -> Tensor:
     """All of a tensor on every process; all of them have to ask for it."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    if (ask := ASKED.get()) is not None:
+        ask("a whole tensor")
     with torch.no_grad():
-        return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[no-any-return]
+        return tensor.full_tensor()  # type: ignore[no-any-return]
+
+
+ASKED: ContextVar[Callable[[str], object] | None] = ContextVar("neuronsurgery_asked", default=None)
+"""What is called before processes exchange something here, so that none waits for one that failed."""

@@ -1,0 +1,88 @@
+"""What FSDP2 does to a model's parameters: which tensor stands for one now, and in which dtype it is computed with.
+
+`fully_shard` keeps a parameter as the shard that a process holds, and puts the whole one in its place around each
+forward and backward pass. Optimizers know the shards, and so does surgery: before it looks at a model, whatever was
+left whole by the last pass is a shard again. The few attributes of torch's that are no public interface are read here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from neuronsurgery.errors import DistributedError
+
+__all__ = ["as_shards", "computed_in", "is_freed", "is_fsdp", "is_gathered", "output_dtype", "stand_in"]
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)  # torch's parts may be there without it
+    return kind is not None and isinstance(module, kind)
+
+
+def as_shards(model: nn.Module) -> None:
+    """Let a model's parameters be those that its optimizer has: a pass may have left some of them whole.
+
+    Raises:
+        DistributedError: a forward or backward pass is under way.
+    """
+    for module in model.modules():
+        if is_fsdp(module):
+            state = _state(module)
+            if state._training_state.name != "IDLE":
+                raise DistributedError(
+                    "FSDP is in the middle of a forward or backward pass of this model; operate on it, or measure it, "
+                    "before the forward pass or after optimizer.step()"
+                )
+            module.reshard()  # type: ignore[operator]
+
+
+def is_gathered(model: nn.Module) -> bool:
+    """Whether FSDP gathers any part of a model for its passes."""
+    return any(is_fsdp(module) for module in model.modules())
+
+
+def output_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype that FSDP casts the module's output to, None: it stays as it is."""
+    found: torch.dtype | None = _state(module)._mp_policy.output_dtype if is_fsdp(module) else None
+    return found
+
+
+def computed_in(parameter: Any, model: nn.Module) -> torch.dtype:
+    """The dtype in which a forward pass has a parameter."""
+    found = _parameter(parameter, model)
+    return parameter.dtype if found is None else found[0].mp_policy.param_dtype or parameter.dtype  # type: ignore[no-any-return]
+
+
+def is_freed(parameter: Any, model: nn.Module) -> bool:
+    """Whether the whole parameter is freed after a forward pass, and gathered anew for the backward pass."""
+    found = _parameter(parameter, model)
+    return found is None or found[0].post_forward_mesh_info is not None
+
+
+def stand_in(parameter: Any, model: nn.Module) -> Any:
+    """The whole parameter that a forward pass has in a shard's place; None where there was no pass yet."""
+    found = _parameter(parameter, model)
+    return None if found is None else getattr(found[1], "_unsharded_param", None)
+
+
+def _parameter(parameter: Any, model: nn.Module) -> tuple[Any, Any] | None:
+    """FSDP's group and record of a parameter, None where it has none."""
+    return next((pair for pair in _parameters(model) if pair[1].sharded_param is parameter), None)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    for module in model.modules():
+        if is_fsdp(module):
+            for group in _state(module)._fsdp_param_groups:
+                yield from ((group, each) for each in group.fsdp_params)
+
+
+def _state(module: Any) -> Any:
+    return module._get_fsdp_state()
