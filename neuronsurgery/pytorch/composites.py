@@ -20,13 +20,13 @@ from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
-from neuronsurgery.pytorch.sharding import gathered, is_sharded, whole
+from neuronsurgery.pytorch.sharding import gathered, is_sharded, sharded_rows, whole
 from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
 from neuronsurgery.pytorch.unitwise import Kind, along, laid_out_as
 
-__all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
+__all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names", "shard_rows"]
 
 
 @dataclass(frozen=True)
@@ -546,6 +546,22 @@ class Composite(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
+
+
+def shard_rows(weight: Tensor, bank: Composite) -> None:
+    """Let a bank that does not hang yet hold its rows as its producer's weight is held: each process a part of them."""
+    if not is_sharded(weight) or bank.is_sharded:
+        return
+    for name in bank.buffer_names():
+        value = bank._buffers[name]
+        if value is not None and value.dim() > 1:
+            bank._buffers[name] = sharded_rows(weight, value)
+    room = len(bank.frozen_weight)
+    for name in (*bank.buffer_names(), "fade"):
+        value = bank._buffers[name]
+        if value is not None and len(value) < room:
+            bank._buffers[name] = torch.cat([value, value[:1].expand(room - len(value), *value.shape[1:])])
+    bank._tabulate()
 
 
 def _set_back(clocks: Sequence[Clock | None], counts: Sequence[int]) -> tuple[Clock | None, ...]:

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from neuronsurgery.pytorch.composites import PASSED_BY, Composite
+from neuronsurgery.pytorch.composites import PASSED_BY, Composite, shard_rows
 from neuronsurgery.pytorch.places import Place
-from neuronsurgery.pytorch.sharding import is_sharded, sharded_rows
+from neuronsurgery.pytorch.sharding import is_sharded
 from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetItem
 
-__all__ = ["hang", "shard_rows", "take_down"]
+__all__ = ["hang", "take_down"]
 
 
 def hang(place: Place, bank: Composite) -> Iterator[Change]:
     """Hang a bank at its place, or bring the one that is there up to it: in place wherever the capacity suffices."""
     old = place.bank
-    shard_rows(place, bank)
+    shard_rows(place.weight, bank)
     if old is None:
         for owner, name in place.owners:
             yield SetItem(owner._modules, name, bank)
@@ -36,28 +35,12 @@ def hang(place: Place, bank: Composite) -> Iterator[Change]:
     for values, held in pairs:
         for name, value in values.items():
             current = held[name]
-            if current is not None and value is not None and current.shape == value.shape:
+            is_fitting = current is not None and value is not None and current.shape == value.shape
+            if is_fitting and is_sharded(current) == is_sharded(value):
                 yield Overwrite(current, value)
             else:
                 yield SetItem(held, name, value)
     yield SetItem(vars(old), "rows", bank.rows)
-
-
-def shard_rows(place: Place, bank: Composite) -> None:
-    """Let a bank that does not hang yet hold its rows as the producer holds its own: each process a part of them."""
-    weight = place.weight
-    if not is_sharded(weight) or bank.is_sharded:
-        return
-    for name in bank.buffer_names():
-        value = bank._buffers[name]
-        if value is not None and value.dim() > 1:
-            bank._buffers[name] = sharded_rows(weight, value)
-    room = len(bank.frozen_weight)
-    for name in (*bank.buffer_names(), "fade"):
-        value = bank._buffers[name]
-        if value is not None and len(value) < room:
-            bank._buffers[name] = torch.cat([value, value[:1].expand(room - len(value), *value.shape[1:])])
-    bank._tabulate()
 
 
 def take_down(place: Place) -> Iterator[Change]:

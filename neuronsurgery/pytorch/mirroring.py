@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import Composite
 
-__all__ = ["GENERATED", "Absent", "Guard", "Impurity", "Mirror", "Steps", "class_without_rewrite", "mirror_of", "original_class", "unswallowed"]
+__all__ = [
+    "GENERATED",
+    "Absent",
+    "Guard",
+    "Impurity",
+    "Mirror",
+    "Steps",
+    "class_without_rewrite",
+    "mirror_of",
+    "original_class",
+    "unswallowed",
+]
 
 Steps = tuple[tuple[str, Any], ...]
 

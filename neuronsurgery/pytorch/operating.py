@@ -198,9 +198,7 @@ def _added(knowledge: Tensor | None, drawn: Tensor | None) -> Tensor | None:
     return None if knowledge is None else torch.cat([knowledge, knowledge if drawn is None else drawn])
 
 
-def _extended_bank(
-    place: Place, old: Composite | None, structure: Rows, added: Sequence[Tensor | None]
-) -> Composite:
+def _extended_bank(place: Place, old: Composite | None, structure: Rows, added: Sequence[Tensor | None]) -> Composite:
     """A bank with these rows, of which the last are added."""
     room = room_for(len(structure), place.site.num_units)
     values = [

@@ -39,6 +39,7 @@ __all__ = [
     "own_values",
     "part_of",
     "problem_of",
+    "room_in",
     "row_axis",
     "shard_of",
     "sharded_like",
@@ -228,7 +229,7 @@ def sharded_rows(tensor: Any, rows: Tensor) -> Tensor:
 
     axis = row_axis(tensor)
     size = tensor.device_mesh.size(axis)
-    room = -(-len(rows) // size) * size
+    room = _multiple(len(rows), size)
     padded = torch.cat([rows, rows[:1].expand(room - len(rows), *rows.shape[1:])])
     own = padded.chunk(size)[tensor.device_mesh.get_local_rank(axis)].clone()
     placements = [Along(0) if each == axis else Replicate() for each in range(tensor.device_mesh.ndim)]
@@ -249,6 +250,16 @@ def appended(tensor: Any, num: int, added: Tensor, room: int) -> Any:
     which, rows = own_rows(tensor, torch.arange(num, num + len(added), device=added.device), UnitAxes())
     own.index_copy_(0, rows, added.index_select(0, which).to(own))
     return DTensor.from_local(own, tensor.device_mesh, tensor.placements, run_check=False)
+
+
+def room_in(tensor: Tensor, room: int) -> int:
+    """The capacity of frozen rows that is asked for, as sharded ones have it."""
+    sharded: Any = tensor
+    return _multiple(room, sharded.device_mesh.size(row_axis(sharded))) if is_sharded(tensor) else room
+
+
+def _multiple(number: int, size: int) -> int:
+    return -(-number // size) * size
 
 
 def row_axis(tensor: Any) -> int:
