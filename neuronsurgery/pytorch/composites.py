@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neuronsurgery.composites import Layout, Rows, room_for
@@ -20,7 +21,7 @@ from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
-from neuronsurgery.pytorch.sharding import gathered, is_sharded, sharded_rows, whole
+from neuronsurgery.pytorch.sharding import copied, gathered, is_sharded, is_spread, shard_of, sharded_rows, whole
 from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
@@ -146,6 +147,7 @@ _GROWING_AXES: dict[str, tuple[int, ...]] = {
     "units": (0,),
     "reference": (),
     "references": (0,),
+    "own": (0,),
 }
 
 
@@ -169,6 +171,7 @@ class Composite(nn.Module):
     units = _table("units")
     reference = _table("reference")
     references = _table("references")
+    own = _table("own")
 
     def __init__(
         self,
@@ -187,6 +190,7 @@ class Composite(nn.Module):
         self.clocks: tuple[Clock | None, ...] = ()  # what its births are counted by, where no optimizer does
         self.growing_tables: dict[str, Tensor | None] = {}
         self.fixed_tables: dict[str, Tensor | None] = {}
+        self.split: tuple[int, int] | None = None  # the units that this process computes, where it does not all
         self.is_freed = True  # sharded rows are gathered anew for the backward pass, as FSDP's parameters are
         room = next((len(value) for value in values if is_sharded(value)), room_for(len(rows), num_units))
         for name, value in zip(self.buffer_names(), values, strict=True):
@@ -216,14 +220,19 @@ class Composite(nn.Module):
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
         """The gather tables for these rows, on the bank's device; on the CPU where the bank has no storage."""
-        layout = Layout.of(rows, self.num_units)
-        spare = len(self.frozen_weight) - len(rows)
+        own: NDArray[np.int64] | None = None
+        if self.split is not None:
+            own = np.flatnonzero((rows.unit >= self.split[0]) & (rows.unit < self.split[1]))
+            rows = rows.of_units(*self.split)
+        layout = Layout.of(rows, self.num_here) if len(rows) else None
+        spare = len(self.frozen_weight) - len(rows) if own is None else 0
         tables = {
-            "order": layout.order,
-            "source": layout.source,
-            "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
-            "reference": rows.reference(self.num_units),
-            "references": rows.references(self.num_units),
+            "order": None if layout is None else layout.order,
+            "source": None if layout is None else layout.source,
+            "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0] if len(rows) else 0)]),
+            "reference": rows.reference(self.num_here),
+            "references": rows.references(self.num_here),
+            "own": own,
         }
         device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
@@ -247,9 +256,14 @@ class Composite(nn.Module):
         return getattr(self, name) if torch.compiler.is_exporting() else self.__dict__["_buffers"][name]
 
     @property
+    def num_here(self) -> int:
+        """How many units this process computes."""
+        return self.num_units if self.split is None else self.split[1] - self.split[0]
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the frozen rows."""
-        return is_sharded(self._buffers["frozen_weight"])
+        return is_spread(self._buffers["frozen_weight"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
@@ -285,8 +299,17 @@ class Composite(nn.Module):
         if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # the slots' was cast as well
             bias = None if bias is None else bias.to(x.dtype)
             weight = weight.to(x.dtype)
+        if is_sharded(x) and self.split is None:
+            raise SurgeryError(
+                f"{self.label} was made before its layer was parallelized: its units are split over processes since. "
+                "Call surgery.attach(model, optimizer) after parallelize_module"
+            )
         if not is_sharded(weight):
             return self.product(x, weight, bias, self.units.to(x.device))
+        if self.split is not None:
+            with gathered(weight, False) as rows:
+                own = rows.index_select(0, self.own)
+            return self.product(copied(x), own, bias if bias is None else bias.index_select(0, self.own))
         with gathered(weight, self.is_freed and x.requires_grad) as rows:
             return self.product(x, rows, bias, self.units.to(x.device))
 
@@ -395,7 +418,7 @@ class Composite(nn.Module):
         if self.product.is_stacked:
             other = self.stacked(other)
         size = other.shape[axis] if other.dim() >= -axis else 1
-        if size == self.num_units:
+        if size == self.num_here:
             return other.index_select(axis, self.units.to(other.device))
         if size == 1:
             return other
@@ -435,7 +458,10 @@ class Composite(nn.Module):
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:
         """As `assemble`, of slots and rows that have their units on one axis."""
         check_stacked(self.fingerprint, self.site)
+        if self.order is None:  # none of the composite units is computed here
+            return h
         fade = self._stored("fade")
+        fade = fade if fade is None or self.own is None else fade[self.own]
         values = torch.cat([h, rows if fade is None else rows * along(fade.to(rows.dtype), axis)], axis)
         num_terms, num_columns = self.order.shape
         terms = values.index_select(axis, self.order.to(h.device).reshape(-1))
@@ -548,9 +574,13 @@ class Composite(nn.Module):
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
 
 
-def shard_rows(weight: Tensor, bank: Composite) -> None:
+def shard_rows(weight: Tensor, bank: Composite, is_split: bool) -> None:
     """Let a bank that does not hang yet hold its rows as its producer's weight is held: each process a part of them."""
+    if is_split:
+        units = shard_of(weight).rows(bank.product.axes)
+        bank.split = (units.start, units.stop)
     if not is_sharded(weight) or bank.is_sharded:
+        bank._tabulate()
         return
     for name in bank.buffer_names():
         value = bank._buffers[name]

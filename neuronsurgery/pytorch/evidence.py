@@ -33,7 +33,7 @@ from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights, sums_by_unit
-from neuronsurgery.pytorch.sharding import held, is_sharded, squared_norms
+from neuronsurgery.pytorch.sharding import held, is_sharded, shard_of, squared_norms
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import Sink, listening
@@ -394,12 +394,21 @@ class SiteSink:
 
     def add(self, h: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
         total, count = sums_by_unit(by_unit(self.place, h.abs(), axes), weights)
-        self._count(total, count, Quantity.ACTIVATION)
+        self._count(self._of_all(total), count, Quantity.ACTIVATION)
 
     def add_gradient(self, gradient: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
         total, count = sums_by_unit(by_unit(self.place, gradient.abs(), axes), weights)
         total = Scaling.of_scaler(self.sampling.scaler, total.device).unscaled(total)
-        self._count(total, count, Quantity.ACTIVATION_GRADIENT)
+        self._count(self._of_all(total), count, Quantity.ACTIVATION_GRADIENT)
+
+    def _of_all(self, total: Tensor) -> Tensor:
+        """Sums for all units, where this process computes some of them: times the processes, which all add theirs."""
+        if not self.place.is_split:
+            return total
+        weight: Any = self.place.weight
+        found = total.new_zeros(self.place.site.num_units)
+        found[shard_of(weight).rows(self.place.product.axes)] = total * weight.device_mesh.size()
+        return found
 
     def _count(self, total: Tensor, count: Tensor | int, quantity: Quantity) -> None:
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
@@ -409,7 +418,7 @@ class SiteSink:
 
 def by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The activations of each unit, (num_units, num_samples), of those that have their units on these axes."""
-    return h.movedim(axes, tuple(range(len(axes)))).reshape(place.site.num_units, -1)
+    return h.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1).flatten(1)
 
 
 # -- on batches of its own -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from neuronsurgery.pytorch.chains import is_sequential
 from neuronsurgery.pytorch.composites import Composite, UnitPath, frozen_names
 from neuronsurgery.pytorch.computing import Computed, Recipe, Source
 from neuronsurgery.pytorch.distributed import taken
+from neuronsurgery.pytorch.hooks import splits
 from neuronsurgery.pytorch.links import is_statistic
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import is_producer
@@ -138,6 +139,11 @@ class Place:
         owner, name = self.owners[0]
         bank = owner._modules.get(name)
         return bank if isinstance(bank, Composite) else None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process computes some of its units only."""
+        return any(splits(hook) for owner, _ in self.owners for hook in owner._forward_hooks.values())
 
     @property
     def renewed(self) -> tuple[Slots | None, ...]:

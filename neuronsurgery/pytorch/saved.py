@@ -153,7 +153,7 @@ def bank_for(place: Place, path: str, structure: Structure, entries: Entries) ->
     bank = Composite(place.product, place.path, place.site.num_units, structure.rows, values, place.recipe, fade)
     bank.site = place.site.name
     bank.set_extra_state(structure.encoded())  # the counts
-    shard_rows(place.weight, bank)  # of many banks no process has more than one whole
+    shard_rows(place.weight, bank, place.is_split)  # of many banks no process has more than one whole
     bank.train(place.owners[0][0].training)
     return bank
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neuronsurgery.errors import DistributedError
+from neuronsurgery.errors import DistributedError, SurgeryError
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
 __all__ = [
@@ -27,10 +27,13 @@ __all__ = [
     "Shard",
     "appended",
     "blank",
+    "copied",
     "gathered",
     "held",
+    "is_alike",
     "is_sharded",
     "is_sharded_alike",
+    "is_spread",
     "mesh_of",
     "squared_norms",
     "own_rows",
@@ -62,6 +65,18 @@ def is_sharded_alike(tensor: Any, other: Any) -> bool:
         and tensor.device_mesh == other.device_mesh
         and tensor.placements == other.placements
     )
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether each process holds another part of a tensor."""
+    return is_sharded(tensor) and not all(placement.is_replicate() for placement in tensor.placements)
+
+
+def is_alike(tensor: Any, other: Any) -> bool:
+    """Whether two tensors have one shape, and are held in the same way."""
+    if is_sharded(tensor) or is_sharded(other):
+        return is_sharded(other) and is_sharded_alike(tensor, other)
+    return bool(tensor.shape == other.shape)
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -289,6 +304,20 @@ def gathered(tensor: Any, is_freed: bool) -> Iterator[Tensor]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield rows
+
+
+def copied(tensor: Any) -> Tensor:
+    """The copy that this process has of a tensor of which all have one; gradients that arrive here are its share."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    from torch.distributed.tensor import Partial
+
+    if not all(placement.is_replicate() for placement in tensor.placements):
+        raise SurgeryError(
+            f"a layer whose units are split over processes received an input that is spread as {tensor.placements}, "
+            "and its bank needs all of it on each process; undo the operation before you parallelize it otherwise"
+        )
+    return tensor.to_local(grad_placements=[Partial()] * tensor.device_mesh.ndim)  # type: ignore[no-any-return]
 
 
 def _all_gathered(tensor: Any) -> Tensor:
