@@ -21,7 +21,7 @@ from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
-from neuronsurgery.pytorch.sharding import copied, gathered, is_sharded, is_spread, shard_of, sharded_rows, whole
+from neuronsurgery.pytorch.sharding import copied, gathered, held, is_sharded, is_spread, shard_of, sharded_rows, whole
 from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
@@ -191,6 +191,7 @@ class Composite(nn.Module):
         self.growing_tables: dict[str, Tensor | None] = {}
         self.fixed_tables: dict[str, Tensor | None] = {}
         self.split: tuple[int, int] | None = None  # the units that this process computes, where it does not all
+        self._gathered_rows: tuple[Any, int, Tensor | None, Tensor] | None = None
         self.is_freed = True  # sharded rows are gathered anew for the backward pass, as FSDP's parameters are
         room = next((len(value) for value in values if is_sharded(value)), room_for(len(rows), num_units))
         for name, value in zip(self.buffer_names(), values, strict=True):
@@ -273,7 +274,7 @@ class Composite(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return state | {"growing_tables": {}, "fixed_tables": {}}
+        return state | {"growing_tables": {}, "fixed_tables": {}, "_gathered_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -307,11 +308,24 @@ class Composite(nn.Module):
         if not is_sharded(weight):
             return self.product(x, weight, bias, self.units.to(x.device))
         if self.split is not None:
-            with gathered(weight, False) as rows:
-                own = rows.index_select(0, self.own)
+            own = self._own_rows().to(weight.dtype)
             return self.product(copied(x), own, bias if bias is None else bias.index_select(0, self.own))
         with gathered(weight, self.is_freed and x.requires_grad) as rows:
             return self.product(x, rows, bias, self.units.to(x.device))
+
+    def _own_rows(self) -> Tensor:
+        """The frozen rows of the units that this process computes; gathered once, until an operation or a load."""
+        weight = self._stored("frozen_weight")
+        if torch.compiler.is_compiling():
+            with gathered(weight, False) as rows:
+                return rows.index_select(0, self.own)
+        stored = held(weight)
+        known, version, own, rows = self._gathered_rows or (None, 0, None, stored)
+        if known is not weight or version != stored._version or own is not self.own:
+            with gathered(weight, False) as found:
+                rows = found.index_select(0, self.own)
+            self._gathered_rows = (weight, stored._version, self.own, rows)
+        return rows
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""

@@ -31,7 +31,7 @@ from neuronsurgery.errors import DistributedError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch.digests import digest_of_text, digests_of, structure_of
 from neuronsurgery.pytorch.exclusions import exclusions
-from neuronsurgery.pytorch.fsdp import as_shards
+from neuronsurgery.pytorch.fsdp import as_shards, require_reduced
 from neuronsurgery.pytorch.models import Replicated, unwrap, wrappers_of
 from neuronsurgery.pytorch.sharding import ASKED, is_sharded, mesh_of, own_share
 from neuronsurgery.pytorch.transaction import Change, keeping, revert
@@ -190,6 +190,7 @@ class Session:
     def begin(self) -> None:
         """Before the first change of a transaction."""
         if not self.is_quiet:
+            require_reduced(self.model)
             self.vote("before the first change")
 
     def keep(self, changes: list[Change]) -> None:

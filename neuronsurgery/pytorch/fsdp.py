@@ -15,8 +15,19 @@ import torch
 from torch import nn
 
 from neuronsurgery.errors import DistributedError
+from neuronsurgery.pytorch.sharding import is_sharded
 
-__all__ = ["as_shards", "computed_in", "is_freed", "is_fsdp", "is_gathered", "output_dtype", "stand_in"]
+__all__ = [
+    "as_shards",
+    "computed_in",
+    "is_freed",
+    "is_fsdp",
+    "is_gathered",
+    "output_dtype",
+    "require_reduced",
+    "require_whole",
+    "stand_in",
+]
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -41,6 +52,34 @@ def as_shards(model: nn.Module) -> None:
                     "before the forward pass or after optimizer.step()"
                 )
             module.reshard()  # type: ignore[operator]
+
+
+def require_reduced(model: nn.Module) -> None:
+    """Refuse to change rows of which gradients wait to be reduced: what they are of will be no more.
+
+    Raises:
+        DistributedError: in the middle of gradient accumulation without reduction.
+    """
+    for _, record in _parameters(model):
+        whole = getattr(record, "_unsharded_param", None)
+        if record.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+            raise DistributedError(
+                "gradients of earlier micro-batches wait to be reduced (set_requires_gradient_sync(False)), and would "
+                "be given to rows that are not there any more; operate after optimizer.step()"
+            )
+
+
+def require_whole(model: nn.Module, verb: str) -> None:
+    """Refuse what is not done to sharded parameters.
+
+    Raises:
+        DistributedError: the model has some.
+    """
+    if is_gathered(model) or any(is_sharded(parameter) for parameter in model.parameters()):
+        raise DistributedError(
+            f"{verb} is not done to a model whose parameters are sharded over processes (FSDP, tensor parallelism): it "
+            "has to see whole layers. Do it before the model is sharded, and save and restore around that"
+        )
 
 
 def is_gathered(model: nn.Module) -> bool:

@@ -16,8 +16,8 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.distributed import taken
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sharding import room_in
-from neuronsurgery.pytorch.unit_axes import ROWS
 from neuronsurgery.pytorch.sites import Discovery
+from neuronsurgery.pytorch.unit_axes import ROWS
 from neuronsurgery.tables import counted, listed
 
 __all__ = ["bank_problems", "latest_rows", "notes"]

@@ -34,9 +34,9 @@ from neuronsurgery.pytorch.reading import (
 )
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
 from neuronsurgery.pytorch.recognition import is_metadata
+from neuronsurgery.pytorch.splitting import sharding_problem
 from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
-from neuronsurgery.pytorch.splitting import sharding_problem
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
 
 __all__ = ["FROZEN", "Survey", "modules_around"]
