@@ -48,7 +48,7 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="What is done to worn-out units, as knife; none only measures.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="pymarl, reborn or pymarl2.")] = None,
+    preset: Annotated[str | None, typer.Option(help="pymarl, reborn, pymarl2 or smacv2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the environment, in each task.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all random numbers.")] = None,
     settings: Annotated[Path | None, typer.Option(help="A YAML file; it goes over the preset.")] = None,
@@ -181,15 +181,21 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
 def _evaluations(run: Run, num_episodes: int, seed: int) -> Table:
     from marl.evaluation import evaluate, interval_of
 
-    table = Table("task", "episodes", "mean return", "95 % interval", "mean length")
-    for task in {task.name: task for task in run.settings.tasks.tasks}.values():
-        result = evaluate(
+    results = {
+        task.name: evaluate(
             task.make(min(num_episodes, BATCH_SIZE)), run.agent, seed=_games_seed(0, seed), num_episodes=num_episodes
         )
+        for task in {task.name: task for task in run.settings.tasks.tasks}.values()
+    }
+    has_winners = any(result.won is not None for result in results.values())
+    table = Table("task", "episodes", "mean return", "95 % interval", "mean length", *["won"] * has_winners)
+    for name, result in results.items():
         returns, lengths = result.returns[:num_episodes], result.lengths[:num_episodes].float()
         interval = interval_of(returns)
         between = f"{interval.low:.2f} to {interval.high:.2f}"
-        table.add_row(task.name, str(len(returns)), f"{returns.mean():.2f}", between, f"{lengths.mean():.1f}")
+        won = "" if result.won is None else f"{result.won[:num_episodes].float().mean():.0%}"
+        cells = (name, str(len(returns)), f"{returns.mean():.2f}", between, f"{lengths.mean():.1f}", won)
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 

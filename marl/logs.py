@@ -181,7 +181,7 @@ def steps_done(run: Run) -> int:
 
 
 SHOWN = (
-    *("steps", "task", "epsilon", "train/return", "test/return", "learner/loss"),
+    *("steps", "task", "epsilon", "train/return", "test/return", "test/win_rate", "learner/loss"),
     *("agent/stagnant", "mixer/stagnant", "surgery/units"),
 )
 """Columns of the table; the log has more."""

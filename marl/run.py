@@ -130,7 +130,7 @@ class Run:
         Until a batch can be drawn none are, and they are not made up for.
         """
         progress, num_steps = self.progress, int(episodes["mask"].sum())
-        self.replay.add(episodes)
+        self.replay.add(episodes.exclude("won"))  # which is of episodes, not of their steps
         self.averages.add_episodes(episodes)
         progress.round += 1
         progress.num_steps += num_steps

@@ -15,6 +15,7 @@ from neuronsurgery.composites import Composites
 from neuronsurgery.consolidations import Consolidation
 from neuronsurgery.consumers import Consumers
 from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.flattenings import Flattening
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
@@ -155,8 +156,9 @@ class Backend(Protocol):
         init: Any = None,
         verify: Any = None,
         generator: Any = None,
+        method: str = "knife",
     ) -> Report:
-        """Carry out a plan, all of it or nothing."""
+        """Carry out a plan, all of it or nothing; the other method that leaves frozen rows is `fade_to_fresh`."""
 
     def consumers(self, model: Any, *, include: Collection[str] = ()) -> Consumers:
         """Which layers read the units of each site."""
@@ -288,12 +290,22 @@ class Backend(Protocol):
         """An optimizer that spares useful weights."""
 
     def consolidate(
-        self, model: Any, *, mirrors: Any = (), optimizer: Any = None, batches: Any = None, tolerance: float = 1e-3
+        self,
+        model: Any,
+        *,
+        mirrors: Any = (),
+        optimizer: Any = None,
+        batches: Any = None,
+        tolerance: float = 1e-3,
+        max_rows: int | None = None,
     ) -> Consolidation:
         """Take frozen rows that contribute nothing out of a model and its mirrors, all of them or none."""
 
-    def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
-        """Put the old weights of an operation's units back."""
+    def flatten(self, model: Any, *, verify: Any = None) -> Flattening:
+        """Make a model plain and wider where its banks allow."""
+
+    def undo(self, model: Any, operation: Report | int | None = None, *, optimizer: Any = None) -> Report:
+        """Put the old weights of an operation's units back: a report's, one of that number, or the last."""
 
     def watch(
         self,

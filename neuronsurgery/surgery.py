@@ -41,6 +41,7 @@ from neuronsurgery.errors import (
     UntraceableError,
 )
 from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
+from neuronsurgery.flattenings import Flattened, Flattening
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
@@ -75,6 +76,8 @@ __all__ = [
     "Every",
     "Evidence",
     "EvidenceError",
+    "Flattened",
+    "Flattening",
     "FormatError",
     "GraMa",
     "Last",
@@ -116,6 +119,8 @@ __all__ = [
     "consolidate",
     "consumers",
     "discover",
+    "fade_to_fresh",
+    "flatten",
     "knife",
     "l2_regularizer",
     "mirror",
@@ -226,6 +231,60 @@ def knife(
     chosen = plan(selection, max_growth=max_growth)
     how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
     return backend.operate(model, chosen, **how)
+
+
+@_together
+def fade_to_fresh(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+    *,
+    retire: int,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    max_growth: float = MAX_GROWTH,
+    cooldown: int = COOLDOWN,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Let fresh units fade in where the chosen ones were, over so many optimizer steps: retirement without knowledge.
+
+    It is `knife(..., retire=N)` less the knowledge members, the control that shows what they are worth: a unit falls
+    silent and becomes a fresh one as its compensation member fades. The output moves by what the units handed on.
+    Consumers are left alone. What the composite units knew from operations before is dropped as well.
+
+    Args:
+        model: as for `knife`.
+        criterion: as for `knife`.
+        retire: over how many optimizer steps the compensation members fade to zero, linearly.
+        evidence: as for `knife`.
+        optimizer: as for `knife`; it is needed, as its steps are counted.
+        sites: as for `knife`.
+        max_growth: as for `knife`.
+        cooldown: as for `knife`.
+        init: as for `knife`.
+        verify: a batch on which the report says by how much the output moved.
+        generator: as for `knife`.
+
+    Raises:
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> x = torch.randn(16, 4)
+        >>> _ = fade_to_fresh(model, Units({"0": [1, 5]}), retire=100, optimizer=optimizer, verify=x)
+        >>> model[:2](x)[:, [1, 5]].abs().max().item()
+        0.0
+    """
+    backend, wanted = _backend(model), as_criterion(criterion)
+    around = {"example": verify, "cooldown": (cooldown, optimizer), "generator": generator}
+    selection = _selected(model, wanted, evidence=evidence, sites=sites, **around)
+    chosen = plan(selection, max_growth=max_growth)
+    how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
+    return backend.operate(model, chosen, method="fade_to_fresh", **how)
 
 
 @_together
@@ -544,8 +603,8 @@ class Schedule(Scheduling):
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.
-        generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
-            processes seed alike.
+        generator: as for `knife`; its state becomes part of the schedule's. None, for a model that several processes
+            hold: one that all seed alike.
         scaler: as for `observe`.
         weights: as for `observe`; what is measured before an operation, in each window anew.
         options: passed on to the method: `max_growth=`, `init=` ...
@@ -845,13 +904,16 @@ def consolidate(
     optimizer: Any = None,
     batches: Iterable[Any] | None = None,
     tolerance: float = 1e-3,
+    max_rows: int | None = None,
 ) -> Consolidation:
     """Take frozen rows that contribute nothing out of a model and its mirrors, in place: all of them, or none.
 
     By weights alone go rows that have retired, and pairs of equal rows with opposite signs, which are there where an
     active member never moved between two operations; the output changes by rounding. With `batches=` pairs go too that
     give nearly the same on these (near-duplicates, and rows that never fire or are constant); the output changes, by
-    what the report says. Where no row is left the bank goes as well: the layer has its original keys, class and speed.
+    what the report says. With `max_rows=` as well, a site that still has more rows is distilled: those that matter
+    least go, and the others are fitted to what all of them gave on the batches. Where no row is left the bank goes as
+    well: the layer has its original keys, class and speed.
     The first knowledge row of a unit that a LayerNorm or its kin refers to goes only once retired.
 
     Args:
@@ -863,6 +925,9 @@ def consolidate(
             mode. None: nothing goes by data.
         tolerance: how far apart two rows' activations may be on the batches to go, as a root mean square relative to
             that of the layer's units.
+        max_rows: how many frozen rows a site may keep; None: any number. Needs `batches=`, of which each fourth sample
+            is kept from the fit to tell the error. Mirrors get the fitted rows. Units of which a row fades stay as they
+            are; where a fit is not possible (a norm over units, half precision, computed weights) rows go without one.
 
     Returns:
         The report: site by site how many rows went and why, and by how much that moved what.
@@ -884,21 +949,76 @@ def consolidate(
         (4, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     return _backend(model).consolidate(
-        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance
+        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance, max_rows=max_rows
     )
 
 
+def flatten(model: Any, *, verify: Any = None) -> Flattening:
+    """Make a model plain and wider, without banks, in place: frozen rows become units of their own, for deployment.
+
+    Where all consumers of a site are linear, the frozen rows become further rows of the producer, and the consumers get
+    their unit's columns again, times the row's sign and what a fade has left of it. The layer has its original keys and
+    class, and its output stays to rounding. A site of which that is not so keeps its bank, with the reason in the
+    report. Parameters stay the same objects, of another size. What was frozen is a parameter like any other then, which
+    training would move: flatten what you deploy, and a copy where training is to go on.
+
+    Args:
+        model: the operated model; compiled modules are taken off.
+        verify: a batch as for `verify=` of `knife`: the whole model's outputs are compared.
+
+    Returns:
+        The report: site by site how much wider it is, who reads it, and by how much its activations moved.
+
+    Raises:
+        ModelError: a model in DistributedDataParallel, or with banks that no longer belong to a site.
+        OptimizerError: an optimizer that was passed to an operation, and so has hooks of its own, still trains it.
+        EquivalenceError: an output moved by more than rounding; nothing was changed.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = knife(model, Units({"0": [1, 5]}))
+        >>> plain = copy.deepcopy(model)
+        >>> flatten(plain, verify=torch.randn(16, 4)).sites["0"].units_after
+        12
+        >>> plain
+        Sequential(
+          (0): Linear(in_features=4, out_features=12, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=12, out_features=2, bias=True)
+        )
+    """
+    return _backend(model).flatten(model, verify=verify)
+
+
 @_together
-def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
+def undo(model: Any, operation: Report | int | None = None, optimizer: Any = None) -> Report:
     """Put the old weights of an operation's units back, and take its frozen rows out of the banks.
 
-    What the active members learned since is gone. Their rows get the optimizer state of fresh ones.
+    What the active members learned since is gone. Their rows get the optimizer state of fresh ones. An operation can be
+    undone as long as none of its units was operated on later; operations on other units are no obstacle.
+
+    Args:
+        model: the operated model; wrappers (DDP, compiled modules) are taken off.
+        operation: the report of the operation; or its number, as reports, `composites(model).operations` and members
+            have it; None: the last. By number all that the banks hold of it is undone: units of which a consolidation
+            took the rows are not among them, and the report says which were.
+        optimizer: the model's optimizer, or several.
 
     Raises:
         UndoError: a later operation intervened on one of the units (undo that one first), its frozen rows have begun to
             fade, or it is not in the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> reports = [knife(model, Units({"0": units})) for units in ([1, 5], [2], [5])]
+        >>> composites(model).operations
+        {1: {'0': (1, 5)}, 2: {'0': (2,)}, 3: {'0': (5,)}}
+        >>> undo(model).operated, undo(model, 1).operated, undo(model, reports[1]).operated
+        ({'0': (5,)}, {'0': (1, 5)}, {'0': (2,)})
     """
-    return _backend(model).undo(model, report, optimizer=optimizer)
+    return _backend(model).undo(model, operation, optimizer=optimizer)
 
 
 @_together
@@ -1326,6 +1446,8 @@ def attach(model: Any, optimizer: Any) -> None:
 def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
     """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
 
+    Of a model that several processes hold (DDP, `replicated`), call it on all of them: they compare what they hold.
+
     Trainable parameters that no optimizer owns or that several do, frozen rows that something could move, banks that
     have no effect or disagree with their layer, step hooks and ages that a copy or a resume has lost, old weights
     written back into slots, rows and optimizer state that are not finite, target networks of another structure.
@@ -1474,8 +1596,8 @@ def _require_reborn(over_active: float, per_donor: int, scale: tuple[float, floa
 
 def _require_sites(sites: Sites) -> None:
     if not sites:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(sites.declined.items())[:5])
-        raise SiteError(f"the model has no site to operate on. {reasons or 'It has no Linear or convolution layer'}")
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(sites.declined.items())[:5])
+        raise SiteError(f"no site to operate on was found. {reasons or 'The model has no Linear or convolution layer'}")
 
 
 def _as_measured(sites: Sites, evidence: Evidence, named: list[str]) -> Sites:

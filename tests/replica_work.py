@@ -67,7 +67,10 @@ def operated_run(rank: int, seed: int, num_steps: int, *, wrapped_first: bool) -
             (replica(x) - 1).square().mean().backward()
     model.zero_grad()
     report = surgery.knife(replica, LOWEST, evidence=evidence, optimizer=optimizer, cooldown=0)
-    fresh = {name: model.get_submodule(name).weight.detach()[list(units)] for name, units in report.operated.items()}
+    fresh = {
+        name: model.get_submodule(name).get_parameter("weight").detach()[list(units)]
+        for name, units in report.operated.items()
+    }
     replica = replica if wrapped_first else DistributedDataParallel(model)
     with surgery.Schedule(replica, optimizer, LOWEST, operate=surgery.Every(5), cooldown=0) as schedule:
         for step in range(num_steps):

@@ -29,6 +29,7 @@ __all__ = [
     "Trial",
     "check_composite",
     "moved_activations",
+    "moved_when_flat",
     "observe_output",
     "tolerance",
 ]
@@ -96,6 +97,29 @@ def moved_activations(
             scale = max(_magnitude(old), _magnitude(rows))
             error = max(error, _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny))
     return error
+
+
+def moved_when_flat(place: Place, left: Composite, shares: Tensor) -> float:
+    """By how much of their largest value activations move where rows are units of their own, summed by their shares.
+
+    On random inputs, as `check_composite`; `shares`: (num_rows,), what each row is multiplied by.
+    """
+    slots = [None if each is None else each.rows() for each in place.slots]
+    frozen = [left.live(name) for name in place.buffer_names]
+    grown = [
+        own if own is None or row is None or each is None or each.axes is None else torch.cat([own, row.to(own)])
+        for each, own, row in zip(place.slots, slots, frozen, strict=True)
+    ]
+    with torch.no_grad():
+        old, _ = _activations(place, slots, place.bank, None)
+        new, _ = _activations(place, grown, None, None)
+    axis = place.path.unit_axes(place.product, old.dim())[0]
+    num_units = place.site.num_units
+    units = new.double().narrow(axis, 0, num_units)
+    rows = new.double().narrow(axis, num_units, len(shares)) * along(shares.to(new.device), axis)
+    summed = units.index_add(axis, torch.from_numpy(left.rows.unit).to(rows.device), rows)
+    scale = max(_magnitude(old), _magnitude(rows), torch.finfo(old.dtype).tiny)
+    return _magnitude(summed - old.double()) / scale
 
 
 def _activations(

@@ -192,8 +192,7 @@ class Composite(nn.Module):
         self.fixed_tables: dict[str, Tensor | None] = {}
         self.split: tuple[int, int] | None = None  # the units that this process computes, where it does not all
         self._gathered_rows: tuple[Any, int, Tensor | None, Tensor] | None = None
-        self.is_freed = True  # sharded rows are gathered anew for the backward pass, as FSDP's parameters are
-        room = next((len(value) for value in values if is_sharded(value)), room_for(len(rows), num_units))
+        room = next((len(v) for v in values if v is not None and is_sharded(v)), room_for(len(rows), num_units))
         for name, value in zip(self.buffer_names(), values, strict=True):
             self.register_buffer(name, value if value is None or is_sharded(value) else _padded(value, room))
         self.register_buffer("fade", None)
@@ -310,19 +309,19 @@ class Composite(nn.Module):
         if self.split is not None:
             own = self._own_rows().to(weight.dtype)
             return self.product(copied(x), own, bias if bias is None else bias.index_select(0, self.own))
-        with gathered(weight, self.is_freed and x.requires_grad) as rows:
+        with gathered(weight, is_freed=x.requires_grad) as rows:
             return self.product(x, rows, bias, self.units.to(x.device))
 
     def _own_rows(self) -> Tensor:
         """The frozen rows of the units that this process computes; gathered once, until an operation or a load."""
         weight = self._stored("frozen_weight")
         if torch.compiler.is_compiling():
-            with gathered(weight, False) as rows:
+            with gathered(weight, is_freed=False) as rows:
                 return rows.index_select(0, self.own)
         stored = held(weight)
         known, version, own, rows = self._gathered_rows or (None, 0, None, stored)
         if known is not weight or version != stored._version or own is not self.own:
-            with gathered(weight, False) as found:
+            with gathered(weight, is_freed=False) as found:
                 rows = found.index_select(0, self.own)
             self._gathered_rows = (weight, stored._version, self.own, rows)
         return rows

@@ -146,6 +146,7 @@ def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None
         scratch = scratch_of(owner)
         scratch.reset_parameters()
         return scratch.weight.detach(), None if bias is None else scratch.bias.detach(), ""
+    assert place.slots[0] is not None, "a place has a weight"
     values = place.slots[0].rows().float()
     std = float(values.std() if values.numel() > 1 else values.abs())
     return weight.normal_(0.0, std), bias, f"{place.site.name}: no initializer of its own; drew normal(0, {std:.3g})"

@@ -20,6 +20,7 @@ from neuronsurgery.pytorch.continuous import ccbp
 from neuronsurgery.pytorch.distributed import agreed_units, is_shared, replicated, together
 from neuronsurgery.pytorch.drawing import check_drawing, own_seed
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.flattening import flatten
 from neuronsurgery.pytorch.injecting import inject
 from neuronsurgery.pytorch.inspecting import check
 from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
@@ -52,6 +53,7 @@ __all__ = [
     "consumers",
     "continual_backprop",
     "discover",
+    "flatten",
     "inject",
     "is_shared",
     "l2",

@@ -446,6 +446,11 @@ def probe(
         )
     discovery = discover(inner, include=sites)
     check_banks_in_place(discovery)
+    if not discovery.learning:
+        raise EvidenceError(
+            f"nothing to measure: of {len(discovery.places)} sites none has weights that learn, and "
+            f"{len(discovery.declined)} layers are declined; surgery.discover(model) says why"
+        )
     evidence = Evidence(discovery.sites, source=weakref.ref(inner))
     with left_alone(inner), tapped(discovery, evidence, Clock(1), sampling):
         for batch in batches:

@@ -19,8 +19,6 @@ from neuronsurgery.pytorch.sharding import is_sharded
 
 __all__ = [
     "as_shards",
-    "computed_in",
-    "is_freed",
     "is_fsdp",
     "is_gathered",
     "output_dtype",
@@ -91,18 +89,6 @@ def output_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype that FSDP casts the module's output to, None: it stays as it is."""
     found: torch.dtype | None = _state(module)._mp_policy.output_dtype if is_fsdp(module) else None
     return found
-
-
-def computed_in(parameter: Any, model: nn.Module) -> torch.dtype:
-    """The dtype in which a forward pass has a parameter."""
-    found = _parameter(parameter, model)
-    return parameter.dtype if found is None else found[0].mp_policy.param_dtype or parameter.dtype  # type: ignore[no-any-return]
-
-
-def is_freed(parameter: Any, model: nn.Module) -> bool:
-    """Whether the whole parameter is freed after a forward pass, and gathered anew for the backward pass."""
-    found = _parameter(parameter, model)
-    return found is None or found[0].post_forward_mesh_info is not None
 
 
 def stand_in(parameter: Any, model: nn.Module) -> Any:

@@ -235,8 +235,9 @@ def _num_silent(place: Place, units: Tensor, optimizers: Sequence[Optimizer]) ->
     now = optimizer_state.age_clock(optimizers, place.weight)
     if place.weight.grad is None or place.bank is None or now is None:
         return None
-    rows, latest = place.bank.rows, latest_rows(place.bank.rows, sign=-1)
-    if not all(0 <= rows.births[latest[unit], 0] < now for unit in units.tolist()):
+    steps, latest = place.bank.rows.steps(0), latest_rows(place.bank.rows, sign=-1)
+    born = [steps[latest[unit]] for unit in units.tolist()]
+    if any(step is None or step >= now for step in born):
         return None
     gradient = taken("gradients of rows", place.weight.grad, units, place.product.axes)
     return int((gradient == 0).reshape(len(gradient), -1).all(dim=1).sum())

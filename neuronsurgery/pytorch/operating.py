@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.composites import Rows, room_for
-from neuronsurgery.errors import ModelError, PlanError, UndoError
+from neuronsurgery.errors import ModelError, PlanError
+from neuronsurgery.methods import METHODS
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
-from neuronsurgery.pytorch.checking import SameOutput, Trial, check_composite
+from neuronsurgery.pytorch.checking import MovedOutput, SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many
 from neuronsurgery.pytorch.drawing import Drawn, Init, check_drawing, drawn_alike, generator_kept, seed_for
@@ -38,6 +39,7 @@ from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_p
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
 from neuronsurgery.pytorch.trying import trial_of
+from neuronsurgery.pytorch.undoable import check_undo, undoable
 from neuronsurgery.reports import Report
 
 __all__ = ["banked_names", "banks_of", "check_plan", "next_operation", "num_weights", "operate", "slot_changes", "undo"]
@@ -60,12 +62,13 @@ def operate(
     init: Init | None = None,
     verify: Any = None,
     generator: torch.Generator | None = None,
+    method: str = "knife",
 ) -> Report:
-    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`."""
+    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`, and for other methods their own."""
     is_alone = is_one_of_many(model)
     model = unwrap(model)
     check_drawing(init, generator)
-    check_retire(retire)
+    check_retire(retire, is_needed=METHODS[method].preserves != "yes")
     plan = agreed_plan(plan, retire=retire or 0)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
@@ -80,27 +83,28 @@ def operate(
     before = num_weights(model)
     with generator_kept(generator):
         seed = seed_for(generator, operation)
-        common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth)
+        common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth, method)
         chosen = [(discovery.places[name], units) for name, units in plan.units.items() if units]
         drawn = drawn_alike([(place, place.index(units)) for place, units in chosen], init, seed)
         grafts = [graft(each, common) for each in drawn]
         changes = [change for each in grafts for change in each.changes]
         banked = banked_names(discovery) | {each.place.site.name for each in grafts}
         changes += class_changes(discovery, banked)
-        check = None if verify is None else SameOutput(model, verify)
+        check = None if verify is None else (SameOutput if common.keeps_knowledge else MovedOutput)(model, verify)
 
         def report() -> Report:  # written within the transaction: either it happened and is on record, or not
             return Report(
                 operation=operation if grafts else 0,
                 operated={name: tuple(units) for name, units in plan.units.items() if units},
                 declined=plan.declined,
-                errors={each.place.site.name: each.error for each in grafts},
+                errors={each.place.site.name: each.error for each in grafts if each.error is not None},
                 plan=plan,
                 parameters_before=before,
                 parameters_after=num_weights(model),
                 notes=(*plan.notes, *_notes(grafts, optimizers, parameters), *([ALONE] if is_alone else [])),
                 verified=check is not None,
                 model_error=None if check is None else check.error,
+                method=method,
             )
 
         return run([*changes, *([check] if check else [])], report)
@@ -138,11 +142,11 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Graft:
-    """What an operation does to one site: the changes, in order, and what was measured."""
+    """What an operation does to one site: the changes, in order, and what was measured; None: it may move."""
 
     place: Place
     changes: list[Change]
-    error: float
+    error: float | None
     notes: list[str]
 
 
@@ -156,6 +160,12 @@ class Operation:
     seed: int
     retire: int
     max_growth: float
+    method: str
+
+    @property
+    def keeps_knowledge(self) -> bool:
+        """Whether the composite units go on with what the old units computed."""
+        return METHODS[self.method].preserves == "yes"
 
 
 def graft(drawn: Drawn, operation: Operation) -> Graft:
@@ -166,15 +176,10 @@ def graft(drawn: Drawn, operation: Operation) -> Graft:
     if operation.retire:
         require_counted(place, births)
     old = _with_room(place, len(chosen), operation.max_growth)
-    structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
-        chosen.tolist(), operation.number, [births] * len(chosen), operation.retire
-    )
     knowledge = [None if slots is None else slots.take(chosen) for slots in place.slots]
-    added = [_added(old_rows, drawn) for old_rows, drawn in zip(knowledge, fresh, strict=True)]
-    bank = _extended_bank(place, old, structure, added)
+    bank = _extended_bank(drawn, old, knowledge, operation)
     bank.train(place.owners[0][0].training)
-    trial = trial_of(place, chosen, knowledge, bank) if bank.is_sharded or is_sharded(place.weight) else None
-    error = check_composite(place, _renewed_slots(place, chosen, fresh, trial), bank, trial)
+    error = _error(drawn, knowledge, bank) if operation.keeps_knowledge else None
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawn.notes)
     for slots in place.renewed:
@@ -193,21 +198,31 @@ def _births(place: Place, optimizers: Optimizers) -> list[int]:
     return [-1 if step is None else step for step in steps]
 
 
-def _added(knowledge: Tensor | None, drawn: Tensor | None) -> Tensor | None:
-    """The rows that an operation adds to one buffer: the units' old ones, and copies of the fresh."""
-    return None if knowledge is None else torch.cat([knowledge, knowledge if drawn is None else drawn])
+def _extended_bank(
+    drawn: Drawn, old: Composite | None, knowledge: Sequence[Tensor | None], operation: Operation
+) -> Composite:
+    """A bank with a knowledge and a compensation row for each unit appended.
 
-
-def _extended_bank(place: Place, old: Composite | None, structure: Rows, added: Sequence[Tensor | None]) -> Composite:
-    """A bank with these rows, of which the last are added."""
+    A method that does not keep knowledge has the same rows; those of what the unit knew have retired already.
+    """
+    place, units, births = drawn.place, drawn.units.tolist(), _births(drawn.place, operation.optimizers)
+    structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
+        units, operation.number, [births] * len(units), operation.retire
+    )
     room = room_for(len(structure), place.site.num_units)
+    added = [
+        None if rows is None else torch.cat([rows, rows if fresh is None else fresh])
+        for rows, fresh in zip(knowledge, drawn.fresh, strict=True)
+    ]
     values = [
         rows if rows is None or old is None else _appended(old, name, rows, room)
         for name, rows in zip(place.buffer_names, added, strict=True)
     ]
-    num_old = 0 if old is None else len(old.rows)
     faded = torch.ones(0, device=place.weight.device) if old is None else old.live_fade()
-    fade = torch.cat([faded, faded.new_ones(len(structure) - num_old)])
+    fade = torch.cat([faded, faded.new_ones(2 * len(units))])
+    if not operation.keeps_knowledge:
+        structure, known = structure.forgetting(units, operation.number, operation.retire)
+        fade[torch.from_numpy(known).to(fade.device)] = 0
     bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
@@ -230,15 +245,19 @@ def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | 
     return without(bank, removable(bank))
 
 
-def _renewed_slots(
-    place: Place, units: Tensor, fresh: Sequence[Tensor | None], trial: Trial | None
-) -> list[Tensor | None]:
-    """All units' rows of each of the slots, as they will be."""
-    rows = [None if slots is None else slots.rows() for slots in place.slots] if trial is None else trial.before
-    return [
-        old if old is None or drawn is None else old.index_copy(0, units, drawn.to(old))
-        for old, drawn in zip(rows, fresh, strict=True)
+def _error(drawn: Drawn, knowledge: Sequence[Tensor | None], bank: Composite) -> float:
+    """By how much the composites of a new bank are off; of a sharded layer on the operation's units alone."""
+    place, units = drawn.place, drawn.units
+    if not is_sharded(place.weight):
+        before, trial = [None if slots is None else slots.rows() for slots in place.slots], None
+    else:
+        trial = trial_of(place, units, knowledge, bank)
+        before = trial.before
+    renewed = [
+        old if old is None or fresh is None else old.index_copy(0, units, fresh.to(old))
+        for old, fresh in zip(before, drawn.fresh, strict=True)
     ]
+    return check_composite(place, renewed, bank, trial)
 
 
 def slot_changes(
@@ -281,69 +300,46 @@ def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn
 
 
 @with_parameters_in_place
-def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Report:
+def undo(
+    model: nn.Module,
+    operation: Report | int | None = None,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+) -> Report:
     """Put the old weights of an operation's units back; see `neuronsurgery.surgery.undo`."""
     model = unwrap(model)
     discovery = discover(model)
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
-    check_undo(report, discovery)
+    asked = undoable(operation, discovery)
+    check_undo(asked, discovery)
     check_banks_in_place(discovery)
     before = num_weights(model)
     changes: list[Change] = []
     emptied: set[str] = set()
-    for name, units in report.operated.items():
+    for name, units in asked.operated.items():
         place = discovery.places[name]
-        changes += _restored(place, units, report.operation, optimizers)
-        if place.bank is not None and bool(place.bank.rows.of_operation(report.operation).all()):
+        changes += _restored(place, units, asked.operation, optimizers)
+        if place.bank is not None and bool(place.bank.rows.of_operation(asked.operation).all()):
             emptied.add(name)
     changes += class_changes(discovery, banked_names(discovery) - emptied)
 
     def record() -> Report:
         return Report(
-            operation=report.operation,
-            operated=report.operated,
+            operation=asked.operation,
+            operated=asked.operated,
             declined={},
             errors={},
-            plan=report.plan,
+            plan=asked.plan,
             parameters_before=before,
             parameters_after=num_weights(model),
-            notes=(f"operation {report.operation} was undone",),
+            notes=(f"operation {asked.operation} was undone",),
             verified=False,
             model_error=None,
         )
 
     return run(changes, record)
-
-
-def check_undo(report: Report, discovery: Discovery) -> None:
-    """Refuse to undo what is not the latest operation on each of its units.
-
-    Raises:
-        UndoError: the operation is not in the model's banks, or a later one intervened.
-    """
-    if not report.operated:
-        raise UndoError("the report holds no operated unit: there is nothing to undo")
-    for name, units in report.operated.items():
-        bank = discovery.places[name].bank if name in discovery.places else None
-        found = set() if bank is None else set(bank.rows.unit[bank.rows.of_operation(report.operation)].tolist())
-        if bank is None or found != set(units):
-            raise UndoError(
-                f"operation {report.operation} on {name!r} is not in this model: it was undone, consolidated, or "
-                "done on another model"
-            )
-        if bool((bank.live_fade()[torch.from_numpy(bank.rows.of_operation(report.operation))] < 1).any()):
-            raise UndoError(
-                f"the frozen rows of operation {report.operation} on {name!r} have begun to fade (retire=), and "
-                "what they were is gone with them; load a checkpoint of before"
-            )
-        later = [unit for unit in units if bank.rows.latest()[unit] != report.operation]
-        if later:
-            raise UndoError(
-                f"operation {bank.rows.latest()[later[0]]} came after operation {report.operation} on units {later} of "
-                f"{name!r}; undo the newest first"
-            )
 
 
 def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Optimizers) -> Iterator[Change]:

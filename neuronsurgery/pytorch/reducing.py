@@ -39,7 +39,7 @@ def faded(bank: Composite) -> NDArray[np.bool_]:
     none = np.zeros(len(bank.rows), np.bool_)
     if bank.fade is None or bank.fade.is_meta or len(bank.fade) < len(none):
         return none
-    return (bank.live_fade() == 0).cpu().numpy() & bank.rows.can_go
+    return bank.rows.paired((bank.live_fade() == 0).cpu().numpy() & bank.rows.can_go)
 
 
 def candidates(rows: Rows, path: UnitPath) -> list[tuple[int, int]]:

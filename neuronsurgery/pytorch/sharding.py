@@ -229,7 +229,7 @@ def sharded_like(tensor: Any, values: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     part = part_of(tensor, values).contiguous()
-    return DTensor.from_local(  # type: ignore[no-any-return]
+    return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, run_check=False, shape=values.shape, stride=values.stride()
     )
 
@@ -248,10 +248,10 @@ def sharded_rows(tensor: Any, rows: Tensor) -> Tensor:
     padded = torch.cat([rows, rows[:1].expand(room - len(rows), *rows.shape[1:])])
     own = padded.chunk(size)[tensor.device_mesh.get_local_rank(axis)].clone()
     placements = [Along(0) if each == axis else Replicate() for each in range(tensor.device_mesh.ndim)]
-    return DTensor.from_local(own, tensor.device_mesh, placements, run_check=False)  # type: ignore[no-any-return]
+    return DTensor.from_local(own, tensor.device_mesh, placements, run_check=False)
 
 
-def appended(tensor: Any, num: int, added: Tensor, room: int) -> Any:
+def appended(tensor: Any, num: int, added: Tensor, room: int) -> Tensor:
     """Sharded rows with others, (r, ...), behind the first `num`: in the room there is, else all of them in `room`.
 
     All processes have what is added; more is sent only where the rows need new room.
@@ -283,7 +283,7 @@ def row_axis(tensor: Any) -> int:
 
 
 @contextmanager
-def gathered(tensor: Any, is_freed: bool) -> Iterator[Tensor]:
+def gathered(tensor: Any, *, is_freed: bool) -> Iterator[Tensor]:
     """Sharded rows, all of them, to compute with in this block.
 
     `is_freed`: what autograd would keep of them until the backward pass is freed, and gathered anew by then.
@@ -321,7 +321,7 @@ def copied(tensor: Any) -> Tensor:
 
 
 def _all_gathered(tensor: Any) -> Tensor:
-    own = tensor.detach().to_local().contiguous()
+    own: Tensor = tensor.detach().to_local().contiguous()
     rows = own.new_empty(len(tensor), *own.shape[1:])
     dist.all_gather_into_tensor(rows, own, group=tensor.device_mesh.get_group(row_axis(tensor)))
     return rows

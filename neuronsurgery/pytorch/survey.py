@@ -285,6 +285,8 @@ class Survey:
     def unread(self, name: str, owners: list[tuple[nn.Module, str]], has_uses: bool) -> str:
         if has_uses:
             return ""
+        if not name:
+            return "it is the whole model, and no activation function follows it"
         parts = name.split(".")
         for depth in range(len(parts), -1, -1):
             ancestor = submodule(self.model, ".".join(parts[:depth]))

@@ -217,8 +217,9 @@ class Watch:
     def agreed(self, value: Any) -> float | None:
         """A value as a number, the mean over all replicas that have one, so that their schedules do the same."""
         group = self.surroundings.group
-        device = next(iter(self.discovery.places.values())).weight.device
-        return _number(value) if group is None else mean_of_all(value, group, device)
+        if group is None:
+            return _number(value)
+        return mean_of_all(value, group, next(self.discovery.model.parameters()).device)
 
     # -- the model
 
@@ -339,8 +340,9 @@ def ages_of(discovery: Discovery, optimizers: Sequence[Optimizer]) -> dict[str, 
         now = optimizer_state.age_clock(optimizers, place.weight)
         if place.bank is None or now is None:
             continue
-        births = {m.unit: m.births[0] for m in place.bank.rows.members()}  # in order: the latest operation stays
-        found[name] = {unit: now - born for unit, born in births.items() if 0 <= born <= now}
+        rows = place.bank.rows
+        born = dict(zip(rows.unit.tolist(), rows.steps(0), strict=True))  # in order: the latest operation stays
+        found[name] = {unit: now - step for unit, step in born.items() if step is not None and step <= now}
     return found
 
 

@@ -34,7 +34,7 @@ from neuronsurgery.pytorch.transaction import Change, Later, SetItem, WriteRows
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 from neuronsurgery.reports import Report
 
-__all__ = ["why_not_wider", "widen"]
+__all__ = ["Owners", "why_not_wider", "widen"]
 
 
 @with_parameters_in_place
@@ -82,7 +82,7 @@ def why_not_wider(place: Place, readers: tuple[Consumer, ...], owners: Owners) -
         return "its units are in groups of equal size"
     for link in place.path.links:
         if isinstance(link, Norm):
-            return f"'{link.name}' takes its statistics over all units: a unit that is there twice would move them"
+            return f"'{link.name}' takes its statistics over all units: more of them would move those"
         if isinstance(link, Reshape):
             return f"'{link.name}' says in the code how many units there are"
     tensors = [slots.tensor for slots in place.slots if slots is not None and slots.axes is not None]

@@ -255,7 +255,7 @@ def test_the_command_writes_table_and_figure_and_goes_on_from_its_files(tmp_path
 def test_a_method_that_there_is_not_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["compare-methods", "--method", "hope", "--out", str(tmp_path)])
     assert result.exit_code == 2
-    assert "hope was asked for; there are none, KNIFE, ReDo" in result.output
+    assert "hope was asked for; there are none, KNIFE, KNIFE, retired" in result.output
 
 
 def test_the_page_states_what_was_tuned_and_what_won(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

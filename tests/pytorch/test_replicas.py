@@ -9,6 +9,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -107,10 +108,11 @@ def diverged(rank: int) -> dict[str, Any]:
     surgery.knife(replica, CHOSEN, optimizer=optimizer)
     found = {"before": [str(each) for each in surgery.check(replica, optimizer).problems]}
     row = bank_of(replica.module, "2").frozen_weight[1]
+    kept = row.clone()
     row += rank
     found["row"] = [str(each) for each in surgery.check(replica, optimizer).about("replica")]
     found["knife"] = [refusal(lambda: surgery.knife(replica, Units({"0": [2]}), optimizer=optimizer))]
-    row -= rank
+    row.copy_(kept)
     with torch.no_grad():
         replica.module[4].bias += rank
     found["weight"] = [each.where for each in surgery.check(replica).about("replica")]
@@ -192,7 +194,7 @@ def kinds_of_replicas(rank: int) -> dict[str, Any]:
     for option in ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch call one of them otherwise
-            replica, optimizer = pair(rank, **{option: option != "broadcast_buffers"})
+            replica, optimizer = pair(rank, None, **{option: option != "broadcast_buffers"})
         for step in range(4):
             if step in (0, 2):
                 report = surgery.knife(replica, CHOSEN, optimizer=optimizer, verify=batch(9, rank))
@@ -291,7 +293,7 @@ def scheduled(rank: int) -> dict[str, Any]:
         take(replica, optimizer, batch(1, rank))
         schedule.step()
     found["own target"] = weights_of(replica.module)
-    failing = {"init": torch.nn.init.zeros_ if not rank else torch.Tensor.numpy}
+    failing: dict[str, Any] = {"init": torch.nn.init.zeros_ if not rank else torch.Tensor.numpy}
     with act(Lowest(0.2), operate=Every(2), cooldown=0, **failing) as schedule:
         take(replica, optimizer, batch(2, rank))
         schedule.step()
