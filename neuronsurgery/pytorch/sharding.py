@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DistributedError, SurgeryError
@@ -321,9 +320,7 @@ def copied(tensor: Any) -> Tensor:
 
 
 def _all_gathered(tensor: Any) -> Tensor:
-    own: Tensor = tensor.detach().to_local().contiguous()
-    rows = own.new_empty(len(tensor), *own.shape[1:])
-    dist.all_gather_into_tensor(rows, own, group=tensor.device_mesh.get_group(row_axis(tensor)))
+    rows: Tensor = tensor.detach().full_tensor()
     return rows
 
 

@@ -38,11 +38,7 @@ from tests.sharded_work import (
     weights,
 )
 
-pytestmark = [
-    NEEDS_FORK,
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch"),
-    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
-]
+pytestmark = NEEDS_FORK
 Adam = torch.optim.Adam
 
 
@@ -59,23 +55,23 @@ def by_columns(parameter: nn.Parameter) -> Shard | None:
 
 def gathered_runs(rank: int) -> dict[str, Any]:
     """Runs of sharded models beside runs of plain ones."""
-    plain = operated_run(blocks())
-    whole_root: Callable[[Any], Any] = lambda model: fully_shard(model, mesh=mesh_of_all())  # noqa: E731
-    found: dict[str, Any] = {"plain": plain["operated"], "sizes": plain["sizes"], "problems": []}
-    runs = {
-        "parts": operated_run(blocks(), shard),
-        "root": operated_run(blocks(), whole_root),
-        "kept whole": operated_run(blocks(), lambda model: shard(model, reshard_after_forward=False)),
-        "columns": operated_run(blocks(), lambda model: shard(model, shard_placement_fn=by_columns)),
+    plain, sharded = operated_run(blocks()), operated_run(blocks(), shard)
+    columns = operated_run(
+        blocks(), lambda model: shard(model, shard_placement_fn=by_columns, reshard_after_forward=False), momentum
+    )
+    root = operated_run(
+        blocks(), lambda model: fully_shard(model, mesh=mesh_of_all()), torch.optim.NAdam, operates_first=True
+    )
+    return {
+        "operated": plain["operated"],
+        "apart": apart(plain, sharded),
+        "sizes": [plain["sizes"], sharded["sizes"]],
+        "columns, kept whole, SGD": apart(operated_run(blocks(), kind=momentum), columns),
+        "operated before, root, NAdam": apart(
+            operated_run(blocks(), kind=torch.optim.NAdam, operates_first=True), root
+        ),
+        "problems": [problem for run in (sharded, columns, root) for problem in run["problems"]],
     }
-    found |= {name: apart(plain, run) for name, run in runs.items()}
-    found["sharded sizes"] = runs["parts"]["sizes"]
-    found["problems"] = [problem for run in runs.values() for problem in run["problems"]]
-    first = operated_run(blocks(), operates_first=True)
-    found["operated before"] = apart(first, operated_run(blocks(), shard, operates_first=True))
-    for name, kind in (("SGD", momentum), ("NAdam", torch.optim.NAdam)):
-        found[name] = apart(operated_run(blocks(), kind=kind), operated_run(blocks(), shard, kind))
-    return found
 
 
 def long_run(rank: int) -> float:
@@ -194,8 +190,8 @@ def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
 
 def split_runs(rank: int) -> dict[str, Any]:
     """Runs of models whose units are computed by different processes."""
-    plain, split = operated_run(blocks()), operated_run(blocks(), parallel)
-    first = operated_run(blocks(), operates_first=True)
+    plain = operated_run(blocks(), operates_first=True)
+    split = operated_run(blocks(), parallel, operates_first=True)
     model = parallel(blocks())
     surgery.knife(model, Units({"0.up": [1, 2]}))  # all of them on the first process
     model(inputs(0))
@@ -205,9 +201,8 @@ def split_runs(rank: int) -> dict[str, Any]:
     return {
         "apart": apart(plain, split),
         "problems": split["problems"],
-        "operated before": apart(first, operated_run(blocks(), parallel, operates_first=True)),
         "restored": bool(torch.equal(other(inputs(1)), model(inputs(1)))),
-        "outputs": float((model(inputs(1)) - blocks()(inputs(1))).abs().max()),
+        "outputs": float((model(inputs(1)) - blocks()(inputs(1))).detach().abs().max()),
     }
 
 
@@ -255,8 +250,6 @@ def refused(rank: int) -> dict[str, Any]:
     handle = model[0].up.register_forward_hook(lambda *_: inside.append(refusal(lambda: surgery.discover(model))))
     model(inputs(0))
     handle.remove()
-    with torch.no_grad():
-        whole_rows = model[0].up.weight if not rank else None  # noqa: F841
     after = weights(_as_shards(model))
     told |= {"inside": inside[0], "same": all(torch.equal(before[name], after[name]) for name in before)}
     cast = blocks()
@@ -276,7 +269,7 @@ def refused(rank: int) -> dict[str, Any]:
 def traffic(rank: int) -> dict[str, Any]:
     """What operations on four units of a layer send, of layers of different widths."""
     found = {}
-    for width in (8, 64, 256):
+    for width in (64, 256):
         model = shard(blocks(width=width))
         optimizer = Adam(model.parameters(), lr=0.01)
         train(model, optimizer, 1)
@@ -314,11 +307,11 @@ GROUP = "Sharded models"
 @pytest.mark.situation(GROUP, "FSDP2, operated on four times in training, beside a plain model", "works")
 def test_a_sharded_model_stays_the_plain_one_that_is_operated_on_alike(done: Done):
     for found in done(gathered_runs):
-        for name in ("parts", "root", "kept whole", "columns", "operated before", "SGD", "NAdam"):
+        for name in ("apart", "columns, kept whole, SGD", "operated before, root, NAdam"):
             assert found[name] <= 1e-6, name
         assert found["problems"] == []
-        assert found["sharded sizes"] == found["sizes"]
-        assert sum(len(units) for each in found["plain"] for units in each.values()) > 8
+        assert found["sizes"][0] == found["sizes"][1]
+        assert sum(len(units) for each in found["operated"] for units in each.values()) > 8
 
 
 def test_each_process_holds_a_part_of_the_frozen_rows_and_the_parameters_stay_what_they_were(done: Done):
@@ -351,7 +344,7 @@ def test_checkpoints_of_sharded_models_are_restored_bit_for_bit(done: Done):
 @pytest.mark.situation(GROUP, "tensor parallel feed-forward parts (ColwiseParallel, RowwiseParallel)", "works")
 def test_a_model_with_split_units_stays_the_plain_one_that_is_operated_on_alike(done: Done):
     for found in done(split_runs):
-        assert found["apart"] <= 1e-5 and found["operated before"] <= 1e-5
+        assert found["apart"] <= 1e-5
         assert found["outputs"] <= 1e-6 and found["restored"] and found["problems"] == []
 
 
@@ -381,8 +374,8 @@ def test_what_cannot_be_done_is_refused_on_all_processes(done: Done):
 
 def test_an_operation_sends_as_much_as_it_has_rows_whatever_the_width_of_the_layer(done: Done):
     for found in done(traffic):
-        assert found["8"] == found["64"] == found["256"]
-        assert found["8"][1] <= 2.5 * found["8"][0]
+        assert found["64"] == found["256"]
+        assert found["64"][1] <= 2 * found["64"][0]
 
 
 # -- slow ------------------------------------------------------------------------------------------------------------
