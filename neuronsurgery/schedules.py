@@ -135,7 +135,7 @@ class Act:
         return isinstance(self.method, type) and issubclass(self.method, Stepping)
 
     def running(self, model: Any, settings: Settings) -> Act:
-        """Return this with the method at work beside the training, where `method` is the class of one that sees each step.
+        """Return this with the method at work beside the training, where it is one that sees each step.
 
         Raises:
             ScheduleError: settings that such a method has no use for, as it chooses units and times by itself.
@@ -146,8 +146,8 @@ class Act:
         if settings.operate != Every(1) or self.takes_criterion or self.follow is not None:
             raise ScheduleError(
                 f"{name} sees each step and chooses units by itself; found criterion={settings.criterion}, operate="
-                f"{settings.operate}{', and mirrors' if self.follow else ''}: pass criterion=None, operate=Every(1) and "
-                "no mirrors, as it leaves no structure for them to take over"
+                f"{settings.operate}{', and mirrors' if self.follow else ''}: pass criterion=None, operate=Every(1) "
+                "and no mirrors, as it leaves no structure for them to take over"
             )
         return replace(self, runner=self.method(model, **self.arguments))
 
