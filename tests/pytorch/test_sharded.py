@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,6 +37,8 @@ from tests.sharded_work import (
     train,
     weights,
 )
+
+dcp: Any = checkpoint  # which does not export what it documents
 
 pytestmark = NEEDS_FORK
 Adam = torch.optim.Adam
@@ -236,7 +238,7 @@ def refused(rank: int) -> dict[str, Any]:
     def fails(weight: torch.Tensor) -> None:
         weight.fill_(float("nan") if rank else 0.5)
 
-    told = {
+    told: dict[str, Any] = {
         "one fails": refusal(lambda: surgery.knife(model, FIRST, optimizer=optimizer, init=fails)),
         "widen": refusal(lambda: surgery.widen(model, Units({"2": [0]}), optimizer=optimizer)),
         "mirror": refusal(lambda: surgery.mirror(model, onto=blocks())),
