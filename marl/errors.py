@@ -44,10 +44,10 @@ class MissingExtraError(MarlError, ImportError):
     """
 
     @classmethod
-    def of(cls, package: str, extra: str = "marl") -> MissingExtraError:
+    def of(cls, package: str, *, extra: str = "marl", needed_by: str = "the trainer") -> MissingExtraError:
         """The error for a package that an extra brings."""
         command = f"pip install 'neuronsurgery[{extra}]'"
-        return cls(f"{package} is not installed; install what the trainer needs with `{command}`")
+        return cls(f"{package} is not installed; install what {needed_by} needs with `{command}`")
 
 
 def suggestion(asked: str, known: Iterable[str]) -> str:

@@ -25,6 +25,13 @@ class Evaluation:
     """Undiscounted return of each episode (B,)."""
     lengths: Tensor
     """Steps of each episode (B,)."""
+    won: Tensor | None = None
+    """Whether each episode (B,) was won; none where there is nothing to be won."""
+
+    @property
+    def win_rate(self) -> float | None:
+        """The share of episodes that were won; none where there is nothing to be won."""
+        return None if self.won is None else float(self.won.float().mean())
 
     @property
     def mean_return(self) -> float:
@@ -52,7 +59,8 @@ def evaluate(
     num_rounds = -(-num_episodes // environment.batch_size)
     rounds = [collect(environment, agent, epsilon=epsilon, seed=seed + number) for number in range(num_rounds)]
     lengths = [episodes["mask"].sum(dim=-1) for episodes in rounds]
-    return Evaluation(torch.cat([returns_of(episodes) for episodes in rounds]), torch.cat(lengths))
+    won = torch.cat([episodes["won"] for episodes in rounds]) if "won" in rounds[0] else None
+    return Evaluation(torch.cat([returns_of(episodes) for episodes in rounds]), torch.cat(lengths), won)
 
 
 def returns_of(episodes: TensorDict) -> Tensor:

@@ -45,6 +45,8 @@ class Averages:
         """Count what episodes of training were worth, and how long they were."""
         self.add("train/return", float(returns_of(episodes).mean()), len(episodes))
         self.add("train/length", float(episodes["mask"].sum(dim=-1).float().mean()), len(episodes))
+        if "won" in episodes:
+            self.add("train/win_rate", float(episodes["won"].float().mean()), len(episodes))
 
     def add_update(self, update: Update) -> None:
         """Count what an update did."""
@@ -66,6 +68,7 @@ def take_record(run: Run) -> Record:
         "episodes": progress.num_episodes,
         "updates": progress.num_updates,
         "task": run.task.name,
+        "place": progress.task,
         "epsilon": run.epsilon,
     }
     return {**where, **_test(run), **run.averages.take(), **_diagnosed(run), **_units(run), **run.operations.counts()}
@@ -79,7 +82,13 @@ def _test(run: Run) -> Record:
         num_episodes=run.settings.training.num_evaluation_episodes,
     )
     length = float(result.lengths.float().mean())
-    return {"test/return": result.mean_return, "test/standard_error": result.standard_error, "test/length": length}
+    won: Record = {} if result.win_rate is None else {"test/win_rate": result.win_rate}
+    return {
+        "test/return": result.mean_return,
+        "test/standard_error": result.standard_error,
+        "test/length": length,
+        **won,
+    }
 
 
 def _diagnosed(run: Run) -> Record:

@@ -17,8 +17,9 @@ __all__ = ["choose_actions", "collect"]
 def collect(environment: Environment, agent: Agent, *, epsilon: float, seed: int) -> TensorDict:
     """B episodes from start to end, laid out as in `marl.replay` and padded to the longest that there can be.
 
-    `epsilon` is the share of random actions. What happens depends on the agents and the seed only, so that a run which
-    was stopped between two rollouts goes on as if it had not been.
+    `epsilon` is the share of random actions. Where episodes can be won there is one more entry, "won" (B,), bool; it is
+    about whole episodes, and none of the replay's. What happens depends on the agents and the seed only, so that a run
+    which was stopped between two rollouts goes on as if it had not been.
 
     >>> from marl.agents import AgentInputs, FeedForwardAgent
     >>> from marl.environments import make_environment
@@ -45,6 +46,8 @@ def collect(environment: Environment, agent: Agent, *, epsilon: float, seed: int
         if not going.any():
             break
     _write(observation, episodes, step + 1)
+    if outcome.won is not None:
+        episodes["won"] = outcome.won
     return episodes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
-from marl.run_settings import LAYER_METHODS, SurgerySettings
+from marl.run_settings import BANK_METHODS, LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "operable_sites",
     "operate_on_layers",
     "operate_on_units",
+    "reset_optimizer",
     "unit_shares",
     "unit_shares_of_norms",
     "write_fades",
@@ -49,6 +50,7 @@ Done = surgery.Report | surgery.LayerReport | surgery.Plan
 
 METHODS: dict[str, Callable[..., Any]] = {
     "knife": surgery.knife,
+    "fade_to_fresh": surgery.fade_to_fresh,
     "redo": surgery.redo,
     "regrama": surgery.regrama,
     "reborn": surgery.reborn,
@@ -118,7 +120,7 @@ class Operations:
             "max_share": settings.max_share,
             "weights": lambda site, _: sample_weights(self._batch, site),
         }
-        if settings.method == "knife":
+        if settings.method in BANK_METHODS:
             options |= {"max_growth": settings.max_growth, "mirrors": self._learner.target}
             options |= {} if settings.retire is None else {"retire": settings.retire}
         return options
@@ -209,7 +211,7 @@ def operate_on_units(
         if is_shuffled:
             criterion = _shuffled(criterion, sites, evidence, generator)
         options: dict[str, Any] = {"sites": sites, "optimizer": learner.optimizer, "generator": generator}
-        if settings.method == "knife":
+        if settings.method in BANK_METHODS:
             how = ("max_growth", "retire", "cooldown")
             options |= {name: getattr(settings, name) for name in how}
         report = METHODS[settings.method](learner.online, criterion, evidence=evidence, **options)
@@ -268,6 +270,8 @@ class FrozenRows:
     """The optimizer's step at that operation, (K,)."""
     retire: Tensor
     """Over how many steps it fades to zero, (K,); infinite for those that stay."""
+    fade: Tensor
+    """What it counts at most, (K,): 1, or less where it was said by what came before."""
 
 
 def frozen_rows(networks: nn.Module) -> dict[str, FrozenRows]:
@@ -283,6 +287,7 @@ def frozen_rows(networks: nn.Module) -> dict[str, FrozenRows]:
             operation=torch.tensor([member.operation for member in members]),
             birth=torch.tensor([float(member.births[0]) for member in members]),
             retire=torch.tensor([float(member.retire or torch.inf) for member in members]),
+            fade=torch.ones(num_rows) if (fade := _fade(networks, site)) is None else fade[:num_rows].clone(),
         )
     return found
 
@@ -290,10 +295,15 @@ def frozen_rows(networks: nn.Module) -> dict[str, FrozenRows]:
 def write_fades(networks: nn.Module, rows: Mapping[str, FrozenRows], step: int) -> None:
     """Bring members that retire to where they are after this step of the optimizer, which others have taken."""
     for site, own in rows.items():
-        fade = dict(networks.get_submodule(f"{site}.composite").named_buffers()).get("fade")
+        fade = _fade(networks, site)
         if fade is not None:
             left = (1 - (step - own.birth) / own.retire).clamp(0, 1)
             fade[: len(left)] = torch.minimum(fade[: len(left)], left)
+
+
+def _fade(networks: nn.Module, site: str) -> Tensor | None:
+    """What a bank's rows are multiplied by, in storage that may be written; none where no row retires."""
+    return dict(networks.get_submodule(f"{site}.composite").named_buffers()).get("fade")
 
 
 def _evidence(learner: Learner, sites: surgery.Sites, seen: Seen) -> surgery.Evidence:
@@ -332,6 +342,11 @@ def load_learner(learner: Learner, state: Mapping[str, Any]) -> None:
         surgery.attach(learner.online, learner.optimizer)
     except surgery.SurgeryError as error:
         raise CheckpointError(str(error)) from error
+
+
+def reset_optimizer(learner: Learner) -> None:
+    """Give a learner's optimizer the state of a fresh one; its weights stay, frozen members and all."""
+    surgery.reset_optimizer(learner.online, optimizer=learner.optimizer)
 
 
 def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
@@ -403,7 +418,7 @@ def _sites_for(learner: Learner, settings: SurgerySettings) -> surgery.Sites:
             f"{settings.method} is to operate on {parts}, which have no hidden units of their own: choose other parts "
             "or another mixer"
         )
-    if settings.method == "knife":
+    if settings.method in BANK_METHODS:
         return sites
     consumers = surgery.consumers(learner.online)
     known = sites.subset(site for site in sites if site in consumers.readers)

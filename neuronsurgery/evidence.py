@@ -233,12 +233,13 @@ class Evidence:
 
     def _record_site(self, name: str, quantity: Quantity, activity: Array, usable: Array | bool) -> None:
         xp = array_namespace(activity)
-        counts = xp.all(xp.isfinite(activity))
+        mean = xp.mean(activity)
+        counts = xp.isfinite(mean)  # of what is never negative: whether all of it is
         if not isinstance(usable, bool):
             counts = xp.logical_and(counts, to_device(usable, device(activity)))
         activity = xp.where(counts, activity, xp.zeros_like(activity))
-        is_moving = xp.logical_and(counts, xp.any(activity > 0))
-        share = xp.where(is_moving, relative(activity), xp.zeros_like(activity))
+        is_moving = xp.logical_and(counts, mean > 0)
+        share = activity / xp.where(is_moving, mean, xp.ones_like(mean))
         sums = self._sums[name]
         _accumulate(sums, quantity, activity, xp.astype(counts, xp.int64))
         _accumulate(sums, ACTIVITIES[quantity], share, xp.astype(is_moving, xp.int64))

@@ -27,7 +27,7 @@ FRAMEWORKS = ("torch", "jax", "jaxlib", "flax", "tensorflow", "array_api_compat.
 # The exceptions, all of them. The door is the one file of the core that reaches a backend, in its functions.
 DOOR = f"{PACKAGE}.surgery"
 # Applications are users of the library that travel with it: they may import all of it, none of it them.
-APPLICATIONS = (f"{PACKAGE}.cli", f"{PACKAGE}.demo", f"{PACKAGE}.comparison")
+APPLICATIONS = (f"{PACKAGE}.__main__", f"{PACKAGE}.cli", f"{PACKAGE}.demo", f"{PACKAGE}.comparison")
 
 STAGES = [
     *("errors", "sites", "evidence", "criteria", "scores", "selection", "plans"),

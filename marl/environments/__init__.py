@@ -1,7 +1,8 @@
 """Environments of many parallel episodes behind one small protocol.
 
 `make_environment` knows them by name; `marl.environments.torchrl` brings in any environment of TorchRL, and it and
-`marl.environments.pettingzoo` hand ours out. Those two need the packages they are named after.
+`marl.environments.pettingzoo` hand ours out. Those two need the packages they are named after; `Smax` needs JaxMARL
+when a game is made.
 """
 
 from marl.environments.matrix_game import MatrixGame, TwoStepGame
@@ -11,6 +12,8 @@ from marl.environments.predator_prey_settings import PredatorPreySettings
 from marl.environments.protocol import Environment, Observation, Outcome, Spec, TextEnvironment
 from marl.environments.qtran_predator_prey import QtranPredatorPrey, QtranPredatorPreySettings
 from marl.environments.registry import ENVIRONMENTS, make_environment
+from marl.environments.smax import Smax
+from marl.environments.smax_settings import SmaxSettings
 from marl.environments.tasks import Task, TaskSequence, matrix_tasks
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "PredatorPreySettings",
     "QtranPredatorPrey",
     "QtranPredatorPreySettings",
+    "Smax",
+    "SmaxSettings",
     # in a row
     "Task",
     "TaskSequence",

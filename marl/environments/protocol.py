@@ -9,8 +9,9 @@ Shapes: B episodes, N agents, A actions, O the size of an observation, S the siz
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -68,6 +69,8 @@ class Outcome:
     """(B,), bool: the episode is over, so nothing is bootstrapped; stays true until `reset`."""
     truncated: Tensor
     """(B,), bool: the time limit cut off an episode that would have gone on; stays true until `reset`."""
+    won: Tensor | None = None
+    """(B,), bool: the team has won, which stays true until `reset`; none where there is nothing to be won."""
 
 
 class Environment(Protocol):
@@ -94,6 +97,20 @@ class TextEnvironment(Environment, Protocol):
     def text(self, episode: int = 0) -> str:
         """What one episode looks like now, as lines of text."""
         ...
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """Something that holds on to processes or files until it is closed."""
+
+    def close(self) -> None:
+        """Let go of them; a second time does nothing."""
+
+
+def close(environment: Environment) -> None:
+    """Close an environment, if there is anything to be closed."""
+    if isinstance(environment, Closeable):
+        environment.close()
 
 
 def checked_batch_size(batch_size: int) -> int:
@@ -185,12 +202,25 @@ class Clock:
         self.terminated = self.terminated | (is_over & going)
         self.truncated = ~self.terminated & (self.truncated | is_cut_off | (self._time >= self._episode_limit))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Time and endings, as numbers and lists; raises `ActionError` where no episode was begun."""
+        _ = self.ended
+        return {"time": self.time, "terminated": self.terminated.tolist(), "truncated": self.truncated.tolist()}
 
-def outcome(observation: Observation, reward: NDArray[np.float32], clock: Clock) -> Outcome:
-    """What a step led to, from the reward (B,) and who has ended."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._time = state["time"]
+        self.terminated, self.truncated = np.array(state["terminated"]), np.array(state["truncated"])
+
+
+def outcome(
+    observation: Observation, reward: NDArray[np.float32], clock: Clock, *, won: NDArray[np.bool_] | None = None
+) -> Outcome:
+    """What a step led to, from the reward (B,), who has ended and, where that can be, who has won."""
     return Outcome(
         observation=observation,
         reward=torch.from_numpy(reward),
         terminated=torch.from_numpy(clock.terminated),
         truncated=torch.from_numpy(clock.truncated),
+        won=None if won is None else torch.from_numpy(won),
     )

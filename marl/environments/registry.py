@@ -13,14 +13,17 @@ from marl.environments.predator_prey import PredatorPrey
 from marl.environments.predator_prey_settings import VARIANTS
 from marl.environments.protocol import TextEnvironment
 from marl.environments.qtran_predator_prey import QTRAN_VARIANTS, QtranPredatorPrey
+from marl.environments.smax import Smax
+from marl.environments.smax_settings import SmaxSettings
 from marl.errors import SettingsError, suggestion
 
 
 def make_environment(name: str, batch_size: int, *, seed: int = 0, **options: object) -> TextEnvironment:
     """The environment of a name, with B = `batch_size` parallel episodes.
 
-    Options are the fields of `PredatorPreySettings` and `QtranPredatorPreySettings`, or the arguments of the functions
-    below for matrix games. Raises `SettingsError` for unknown names and options, and for values that make no game.
+    Options are the fields of `PredatorPreySettings`, `QtranPredatorPreySettings` and `SmaxSettings`, or the arguments
+    of the functions below for matrix games. Raises `SettingsError` for unknown names and options and for values that
+    make no game, and `MissingExtraError` where a game needs a package that is not installed.
 
     >>> make_environment("predator_prey", 32, punishment=0.0).spec.obs_size
     75
@@ -96,4 +99,5 @@ ENVIRONMENTS = {
     "two_step_game": _by_arguments(two_step_game),
     **{name: _by_fields(PredatorPrey, settings) for name, settings in VARIANTS.items()},
     **{name: _by_fields(QtranPredatorPrey, settings) for name, settings in QTRAN_VARIANTS.items()},
+    "smax": _by_fields(Smax, SmaxSettings()),
 }

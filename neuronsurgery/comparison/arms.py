@@ -1,8 +1,8 @@
 """The methods that are compared, and the settings that each is tuned over: six for every one of them.
 
 A setting is a learning rate and one number of the method's own. The number of settings is the tuning budget, equal for
-all. Where a method acts now and then, the number is how often: a share of a task's steps, or several tasks. It is not
-told when a task begins.
+all. Where a method acts now and then, the number is how often, as a share of a task's steps or in tasks, or by which
+threshold. It is not told when a task begins.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ NUM_SETTINGS = 6
 RATES = (1e-3, 3e-3)
 PERIODS = (0.25, 1.0, 4.0)
 """In tasks."""
+OFTEN = PERIODS[0]
 MOMENTS = (0.25, 0.5, 0.75)
 """In shares of the whole run, for what is done once."""
 
@@ -101,13 +102,44 @@ def on_units(method: Callable[..., Any], criterion: Any, *, is_once: bool = Fals
     """A method that chooses units, now and then or once."""
 
     def prepare(subject: Subject, setting: Setting) -> Learner:
-        optimizer = _adam(subject, setting)
         when = subject.moment(setting.value) if is_once else subject.period(setting.value)
-        given = {"method": method, "cooldown": 0, "generator": subject.generator, **options}
-        begin = partial(surgery.Schedule, subject.model, optimizer, criterion, operate=when, **given)
-        return Learner(subject.model, optimizer, begin=begin, delay=subject.delay, acts_once=is_once)
+        return _operated(subject, setting, method, criterion, operate=when, acts_once=is_once, **options)
 
     return prepare
+
+
+def on_units_fading(method: Callable[..., Any], criterion: Any) -> Prepare:
+    """A method whose frozen members fade away until it acts again."""
+
+    def prepare(subject: Subject, setting: Setting) -> Learner:
+        when = subject.period(setting.value)
+        return _operated(subject, setting, method, criterion, operate=when, retire=when.num_steps)
+
+    return prepare
+
+
+def on_units_below(method: Callable[..., Any], criterion: Callable[[float], Any]) -> Prepare:
+    """A method that chooses units four times a task; the number is the threshold of its criterion."""
+
+    def prepare(subject: Subject, setting: Setting) -> Learner:
+        return _operated(subject, setting, method, criterion(setting.value), operate=subject.period(OFTEN))
+
+    return prepare
+
+
+def _operated(
+    subject: Subject,
+    setting: Setting,
+    method: Callable[..., Any],
+    criterion: Any,
+    *,
+    acts_once: bool = False,
+    **how: Any,
+) -> Learner:
+    optimizer = _adam(subject, setting)
+    given = {"method": method, "cooldown": 0, "generator": subject.generator, **how}
+    begin = partial(surgery.Schedule, subject.model, optimizer, criterion, **given)
+    return Learner(subject.model, optimizer, begin=begin, delay=subject.delay, acts_once=acts_once)
 
 
 def on_layers(method: Callable[..., Any], *, is_once: bool = False, **options: Any) -> Prepare:
@@ -163,8 +195,11 @@ _PERIOD, _MOMENT, _STRENGTH = "tasks between two actions", "share of the run bef
 ARMS: Mapping[str, Arm] = {
     "none": Arm(untouched, "", _RATES_ALONE),
     "KNIFE": Arm(on_units(surgery.knife, "stagnant", max_growth=64.0), _PERIOD, _PERIODS),
+    "KNIFE, retired": Arm(on_units_fading(surgery.knife, "stagnant"), _PERIOD, _PERIODS),
+    "fade to fresh": Arm(on_units_fading(surgery.fade_to_fresh, "stagnant"), _PERIOD, _PERIODS),
     "ReDo": Arm(on_units(surgery.redo, "dormant"), _PERIOD, _PERIODS),
-    "ReGraMa": Arm(on_units(surgery.regrama, "grama"), _PERIOD, _PERIODS),
+    # By its published threshold, the first, it chose no unit of the first stream at any period: it is tuned instead.
+    "ReGraMa": Arm(on_units_below(surgery.regrama, surgery.GraMa), "threshold", _grid((0.01, 0.1, 0.25))),
     "ReBorn": Arm(on_units(surgery.reborn, surgery.Dormant(0.1)), _PERIOD, _PERIODS),
     "continual backpropagation": Arm(at_each_step(surgery.ContinualBackprop), "rate", _grid((1e-5, 1e-4, 1e-3))),
     "CCBP": Arm(at_each_step(surgery.CCBP), "rate", _grid((0.005, 0.015, 0.05))),

@@ -75,3 +75,8 @@ def test_a_missing_extra_is_named_with_what_to_install(monkeypatch):
 def test_the_command_line_starts_without_torch():
     code = "import sys, neuronsurgery.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_package_runs_as_a_module():
+    found = subprocess.run([sys.executable, "-m", "neuronsurgery", "--version"], capture_output=True, text=True)
+    assert found.stdout == f"neuronsurgery {version('neuronsurgery')}\n"

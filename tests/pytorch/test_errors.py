@@ -455,3 +455,13 @@ def test_every_error_is_caught_as_one():
     found: Subject = subject()
     with pytest.raises(surgery.SurgeryError):
         surgery.knife(found.model, "stagnent")
+
+
+def test_a_model_that_is_one_layer_is_refused_with_its_reason():
+    with refused(surgery.SiteError, "no site to operate on", "the model: it is the whole model", "no activation"):
+        surgery.knife(nn.Linear(4, 2), "stagnant")
+
+
+def test_probe_says_that_no_layer_can_be_measured():
+    with refused(surgery.EvidenceError, "nothing to measure", "surgery.discover(model) says why"):
+        surgery.probe(nn.Linear(4, 2), [torch.ones(3, 4)], loss_of)

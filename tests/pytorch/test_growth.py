@@ -150,9 +150,43 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count() -> None:
 def test_an_optimizer_that_counts_anew_brings_nothing_back() -> None:
     model, optimizer = operated()
     train(model, optimizer, 2)
-    surgery.reset_optimizer(model, optimizer=optimizer)
+    optimizer.state.clear()
     train(model, optimizer, 1)
     assert fade_of(model) == [0.5] * 4
+
+
+@pytest.mark.parametrize("name", ["adam", "capturable", "momentum"])
+@pytest.mark.situation("When to operate", "optimizer reset in the middle of a fade", "works")
+def test_a_fade_goes_on_at_its_pace_when_the_optimizer_is_reset_and_after_a_resume(name: str) -> None:
+    model = build()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, 3)
+    surgery.knife(model, surgery.Units({"0": [1, 5]}), optimizer=optimizer, retire=N)
+    seen = []
+    for _ in range(N - 1):
+        train(model, optimizer, 1)
+        surgery.reset_optimizer(model, optimizer=optimizer)
+        assert surgery.check(model, optimizer).ok
+        seen.append(fade_of(model)[0])
+    assert seen == [0.75, 0.5, 0.25]
+    copied = copy.deepcopy(model)
+    other = OPTIMIZERS[name](copied.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    surgery.attach(copied, other)
+    train(copied, other, 1)
+    assert fade_of(copied) == [0.0] * 4
+
+
+def test_units_in_a_fade_keep_their_age_when_the_optimizer_is_reset() -> None:
+    model, optimizer = operated()
+    train(model, optimizer, 2)
+    surgery.reset_optimizer(model, optimizer=optimizer)
+    train(model, optimizer, 1)
+    everything = surgery.Random(1.0)
+    report = surgery.knife(model, everything, optimizer=optimizer, cooldown=4, max_growth=9.0)
+    assert report.operated == {"0": (0, 2, 3, 4, 6, 7)}
+    report = surgery.knife(model, everything, optimizer=optimizer, cooldown=3, max_growth=9.0)
+    assert report.operated == {"0": (1, 5)}
 
 
 def test_gradients_reach_the_slots_and_no_frozen_row_moves() -> None:

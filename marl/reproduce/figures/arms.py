@@ -20,9 +20,9 @@ from marl.run_settings import SurgerySettings
 __all__ = [
     "BEST_SO_FAR",
     "CONTROLS",
+    "FADE_TO_FRESH",
     "FRESH",
     "KNIFE",
-    "LATER",
     "PAPER",
     "base_of",
     "measures_of",
@@ -54,8 +54,10 @@ CONTROLS: dict[str, Intervention] = {
 }
 """What is compared with everywhere."""
 
-LATER = {"fade to fresh": "the library has no fade without knowledge yet"}
-"""Arms that belong to every comparison and cannot be run yet, and why."""
+FADE_TO_FRESH = Intervention(
+    Units(replace(KNIFE, method="fade_to_fresh", criterion="all", parts=("agent",), retire=100)), Occasion(after=1)
+)
+"""Fresh units that fade in where all of the agents' were, without what these knew."""
 
 SIZES: dict[tuple[Scale, Kind], tuple[int, int]] = {
     ("smoke", "literal"): (3, 12),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from marl.reproduce.figures.arms import CONTROLS, LATER, PAPER, base_of, measures_of, scaled, shuffled, tasks_of
+from marl.reproduce.figures.arms import CONTROLS, FADE_TO_FRESH, PAPER, base_of, measures_of, scaled, shuffled, tasks_of
 from marl.reproduce.figures.figure import Asked, Figure, Panel
 from marl.reproduce.figures.tuning import tuned
 from marl.reproduce.matrix.runs import MatrixRun
@@ -40,11 +40,12 @@ def compared(name: str, asked: Asked, tasks: TaskSettings, files: Results, **lea
         "KNIFE, the paper's reading": scaled(asked, PAPER),
         "KNIFE, best setting": best,
         "KNIFE, as many at random": shuffled(scaled(asked, PAPER)),
+        "fade to fresh, agents": scaled(asked, FADE_TO_FRESH),
     }
     arms: dict[str, MatrixRun] = {arm: replace(base, intervention=each) for arm, each in done.items()}
     arms["leaky ReLU"] = replace(base, learner=replace(base.learner, activation_fn="leaky_relu"))
     wide = _wide(base, arms["KNIFE, the paper's reading"], asked.seeds, files)
-    missing = dict(LATER) if wide else {**LATER, WIDE: "KNIFE's own runs are not done"}
+    missing = {} if wide else {WIDE: "KNIFE's own runs are not done"}
     if wide:
         arms[WIDE] = wide
     if tasks.does_reset_optimizer:

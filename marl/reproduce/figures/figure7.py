@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from marl.reproduce.figures.arms import CONTROLS, KNIFE, LATER, PAPER, base_of, measures_of, scaled, shuffled, tasks_of
+from marl.reproduce.figures.arms import (
+    CONTROLS,
+    FADE_TO_FRESH,
+    KNIFE,
+    PAPER,
+    base_of,
+    measures_of,
+    scaled,
+    shuffled,
+    tasks_of,
+)
 from marl.reproduce.figures.figure import Asked, Figure, Panel
 from marl.reproduce.matrix.interventions import Intervention, Layers, Units
 from marl.reproduce.matrix.tasks import TaskSettings
@@ -27,6 +37,7 @@ LAYERS: dict[str, Intervention] = {
     "agents reset": Intervention(Layers("reset", ("agent",))),
     "mixer reset": Intervention(Layers("reset", ("mixer",))),
     "shrink and perturb": Intervention(Layers("shrink_and_perturb")),
+    "fade to fresh, agents": FADE_TO_FRESH,
 }
 
 ABLATIONS: dict[str, Intervention] = {
@@ -39,7 +50,7 @@ ABLATIONS: dict[str, Intervention] = {
 }
 
 NOT_RUN = {
-    "levels": {**LATER, "plasticity injection": "its frozen copies have no form side by side"},
+    "levels": {"plasticity injection": "its frozen copies have no form side by side"},
     "ablations": {"outgoing weights renewed": "the library keeps them always"},
 }
 

@@ -56,7 +56,7 @@ class StackedUnits(nn.Module):
     def take(self, rows: Sequence[FrozenRows | None], *, lack: Lack) -> None:
         """Take over the frozen members that each seed has now, those that are lacking left out."""
         self.frozen_weight: Tensor | None = None
-        self._fading: tuple[Tensor, Tensor, Tensor] | None = None
+        self._fading: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         most = max((len(each.unit) for each in rows if each is not None), default=0)
         if most == 0:
             return
@@ -65,21 +65,22 @@ class StackedUnits(nn.Module):
         self.frozen_weight, self.frozen_bias = zeros(num_seeds, most, num_inputs), zeros(num_seeds, most)
         whole = zeros(num_seeds, most, num_units)
         births, retire = zeros(num_seeds, most), torch.full((num_seeds, most), torch.inf)
+        fades = zeros(num_seeds, most)
         for seed, each in enumerate(rows):
             if each is not None:
                 count = len(each.unit)
                 self.frozen_weight[seed, :count], self.frozen_bias[seed, :count] = each.weight, each.bias
                 whole[seed, :count] = _signs(each, lack).unsqueeze(1) * F.one_hot(each.unit, num_units)
-                births[seed, :count], retire[seed, :count] = each.birth, each.retire
+                births[seed, :count], retire[seed, :count], fades[seed, :count] = each.birth, each.retire, each.fade
         self.shares = whole
         if retire.isfinite().any():
-            self._fading = (whole, births, retire)
+            self._fading = (whole, births, retire, fades)
 
     def fade_to(self, step: int) -> None:
         """Bring members that retire to where they are after this step of the optimizer; all gone, they cost nothing."""
         if self._fading is not None:
-            whole, births, retire = self._fading
-            left = (1 - (step - births) / retire).clamp(0, 1)
+            whole, births, retire, fades = self._fading
+            left = torch.minimum(fades, (1 - (step - births) / retire).clamp(0, 1))
             self.shares = whole * left.unsqueeze(-1)
             if not self.shares.any():
                 self.frozen_weight = self._fading = None

@@ -98,12 +98,12 @@ def test_games_that_look_alike_may_share_an_observation(algorithm: Algorithm) ->
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("retire", [None, 3])
+@pytest.mark.parametrize(("method", "retire"), [("knife", None), ("knife", 3), ("fade_to_fresh", 3)])
 @pytest.mark.parametrize("algorithm", ["qmix", pytest.param("qplex", marks=pytest.mark.slow)])
-def test_operated_seeds_go_on_as_the_library_has_them(algorithm: Algorithm, retire: int | None) -> None:
+def test_operated_seeds_go_on_as_the_library_has_them(algorithm: Algorithm, method: str, retire: int | None) -> None:
     """Two operations, the second in the midst of the first's fade, units that differ from seed to seed."""
     alone, seeds = pair_of(replace(SMALL, algorithm=algorithm))
-    settings = replace(KNIFE, retire=retire)
+    settings = replace(KNIFE, method=method, retire=retire)
     train_both(alone, seeds, num_updates=2)
     for operation in range(2):
         first = 10 * (operation + 1)
