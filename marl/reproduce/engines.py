@@ -189,7 +189,7 @@ def _imported_ray() -> Any:
     try:
         import ray
     except ModuleNotFoundError:
-        raise MissingExtraError.of("ray", extra="ray") from None
+        raise MissingExtraError.of("ray", extra="ray", needed_by="the engine of that name") from None
     return ray
 
 

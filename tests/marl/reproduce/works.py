@@ -52,6 +52,15 @@ class Dying(Noting):
         return super().run(seeds)
 
 
+@dataclass(frozen=True)
+class Pausing(Noting):
+    """Notes its process and that it begins, before it waits."""
+
+    def run(self, seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        note(self.notes, f"pid{os.getpid()}", f"begun{self.number}")
+        return super().run(seeds)
+
+
 def note(path: str, *lines: str) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in lines))

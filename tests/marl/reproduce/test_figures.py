@@ -1,0 +1,296 @@
+"""Figures: the runs they ask for, what is measured of them, and the pages that come out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from marl.cli import app
+from marl.errors import SettingsError
+from marl.reproduce.engines import InProcess
+from marl.reproduce.figures import figure1, registry, tuning
+from marl.reproduce.figures.arms import CONTROLS, FRESH, measures_of, tasks_of
+from marl.reproduce.figures.figure import Asked, Figure, Measure, Panel, scores_of
+from marl.reproduce.figures.registry import FIGURES, figures_of
+from marl.reproduce.figures.tuning import grid, ranked, tuned, tuning_jobs
+from marl.reproduce.matrix.runs import MatrixRun
+from marl.reproduce.matrix.tasks import TaskSettings
+from marl.reproduce.reproducing import Reproducing, reproduce
+from marl.reproduce.results import Job, Provenance, Result, Results, Work, settings_of
+from marl.reproduce.sweep import sweep
+
+SMOKE = Asked.of("smoke")
+HERE = Provenance("1.0", "abc")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Scores that are drawn, better or worse by a shift."""
+
+    shift: float
+    fails: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"drawn {self.shift}"
+
+    def run(self, seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+        if self.fails:
+            raise RuntimeError("on purpose")
+        return [made_up(np.random.default_rng(seed).normal() + self.shift) for seed in seeds]
+
+
+def made_up(score: float, **others: float) -> dict[str, Any]:
+    looks = [{"task": task, "update": 10, "solved": score, "error": score, "agent/stagnant": 0.5} for task in range(4)]
+    return {"looks": [{**look, **others} for look in looks], "rows": {}, "seconds": 1.0, "units": 0}
+
+
+SCORE = Measure("score", lambda outcome: float(outcome["looks"][-1]["solved"]))
+UNITS = Measure("units", lambda outcome: float(outcome["looks"][-1]["agent/stagnant"]), is_less_better=True)
+
+
+def figure_of(**arms: Work) -> Figure:
+    return Figure("drawn", "Some are better.", lambda asked, files: [Panel("one", arms, [SCORE, UNITS], {})])
+
+
+CONTROLLED: dict[str, Work] = {"none": Drawn(0.0), "optimizer reset": Drawn(0.1)}
+
+
+# -- what is asked for
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_every_comparison_has_its_controls_and_no_run_has_seeds_that_were_tuned_on(name: str, tmp_path: Path) -> None:
+    for asked in (Asked.of("small"), Asked.of("paper")):
+        files = Results(tmp_path)
+        for panel in FIGURES[name].panels(asked, files):
+            assert {panel.nothing, panel.optimizer} <= set(panel.arms)
+            assert any("KNIFE" in arm for arm in panel.arms)
+            assert all(measure.relative_to in (None, *panel.arms) for measure in panel.measures)
+            assert len(panel.measures) >= 2
+        seeds = {seed for job in FIGURES[name].jobs(asked, files) for seed in job.seeds}
+        assert seeds == set(range(1000, 1000 + asked.num_seeds))
+        assert seeds.isdisjoint({seed for job in tuning_jobs(asked, files) for seed in job.seeds})
+
+
+def test_figure_1_compares_with_all_controls() -> None:
+    (literal, contextual, reset) = FIGURES["figure1"].panels(Asked.of("small"), Results(Path("/nowhere")))
+    for panel in (literal, contextual, reset):
+        assert set(CONTROLS) < set(panel.arms)
+        assert {"leaky ReLU", "KNIFE, as many at random", "fade to fresh, agents"} < set(panel.arms)
+        assert list(panel.missing) == ["as wide as KNIFE's"]
+    assert [len(set(panel.arms.values())) for panel in (literal, contextual, reset)] == [11, 11, 10]
+
+
+def test_arms_of_a_panel_differ_in_what_they_are_named_after() -> None:
+    for name in FIGURES:
+        for panel in FIGURES[name].panels(Asked.of("small"), Results(Path("/nowhere"))):
+            works = [work for arm, work in panel.arms.items() if arm != panel.optimizer]
+            names = [arm for arm in panel.arms if arm != panel.optimizer]
+            twins = [(a, b) for a, one in zip(names, works, strict=True) for b, other in zip(names, works, strict=True)]
+            same = {(a, b) for (a, b) in twins if a < b and panel.arms[a] == panel.arms[b]}
+            assert same == set(), panel.name
+
+
+def test_the_wide_control_waits_for_the_runs_that_say_how_wide(tmp_path: Path) -> None:
+    files, tasks = Results(tmp_path), tasks_of(SMOKE, "literal")
+    panel = figure1.compared("a", SMOKE, tasks, files)
+    knife = panel.arms["KNIFE, the paper's reading"]
+    for seed, rows in zip(SMOKE.seeds, (4, 8), strict=True):
+        outcome = {**made_up(1.0), "rows": {"agent.encoder.0": rows, "mixer.w1.0": 2, "mixer.v.0": 99}}
+        files.write(knife, Result(settings_of(knife), seed, HERE, outcome))
+    wide = figure1.compared("a", SMOKE, tasks, files).arms["as wide as KNIFE's"]
+    assert isinstance(wide, MatrixRun)
+    assert (wide.learner.agent_size, wide.learner.hypernet_size) == (8 + 6, 8 + 2)
+
+
+def test_an_unknown_figure_scale_or_number_of_seeds_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no figure 'figure5'"):
+        figures_of("figure5")
+    with pytest.raises(SettingsError, match="no scale 'huge'; choose one of 'smoke', 'small', 'paper'"):
+        Asked.of("huge")
+    with pytest.raises(SettingsError, match="an interval needs at least 2"):
+        Asked.of("small", 1)
+
+
+# -- what is measured
+
+
+def test_measures_of_the_literal_tasks() -> None:
+    looks = [
+        {"task": task, "update": update, "solved": solved, "agent/stagnant": 0.2 * task, "mixer/stagnant": 0.4}
+        for task, ends in enumerate([1, 0, 1, 1])
+        for update, solved in ((5, 0.0), (10, float(ends)))
+    ]
+    solved, stagnant, _, back = measures_of("literal")
+    assert solved.of({"looks": looks}) == pytest.approx(2 / 3)  # of the tasks after the first, at their ends
+    assert stagnant.of({"looks": looks}) == pytest.approx((0.4 + 0.4 + 0.6 + 0.4) / 4)  # in the second half
+    assert back.of({"looks": looks}) == 1
+
+
+def test_errors_are_relative_to_fresh_networks_of_the_same_seed() -> None:
+    error = measures_of("contextual")[0]
+    runs = {
+        name: [Result({}, seed, HERE, made_up(score)) for seed, score in enumerate(scores)]
+        for name, scores in {"none": (2.0, 6.0), FRESH: (1.0, 2.0)}.items()
+    }
+    seeds, scores = scores_of(runs, error)
+    assert seeds == [0, 1]
+    assert {name: own.tolist() for name, own in scores.items()} == {"none": [2.0, 3.0], FRESH: [1.0, 1.0]}
+    assert scores_of({"none": runs["none"]}, error)[1] == {}
+
+
+def test_arms_are_compared_on_the_seeds_that_all_have() -> None:
+    runs = {
+        name: [Result({}, seed, HERE, made_up(float(seed))) for seed in seeds]
+        for name, seeds in {"a": (1, 2, 3, 4), "b": (4, 3, 1), "mostly failed": (2,)}.items()
+    }
+    seeds, scores = scores_of(runs, SCORE)
+    assert seeds == [1, 3, 4]
+    assert {name: own.tolist() for name, own in scores.items()} == {"a": [1, 3, 4], "b": [1, 3, 4]}
+
+
+# -- what comes out
+
+
+def test_a_page_says_what_is_confirmed_and_what_was_not_run(tmp_path: Path) -> None:
+    panel = Panel("one", {**CONTROLLED, "better": Drawn(1.0)}, [SCORE, UNITS], {"lost": "nobody built it"}, ["A note."])
+    figure = Figure("drawn", "Some are better.", lambda asked, files: [panel])
+    done = reproduce(figure, Asked.of("smoke", 8), Reproducing(tmp_path, InProcess()))
+    page = done.page.read_text()
+    rows = {line.split(" | ")[0].lstrip("| "): line for line in page.splitlines() if line.startswith("|")}
+    assert "Claim: Some are better." in page and "A note." in page
+    assert "| confirmed |" in rows["better"] and "+1.00 (+1.00 to +1.00) | +0.90 (+0.90 to +0.90)" in rows["better"]
+    assert "confirmed" not in rows["none"]
+    assert "not run: nobody built it" in rows["lost"]
+    assert f"8 seeds; 24 runs took 0.01 hours of processor time; version {Provenance.here().version}" in page
+    assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+    assert done.picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_comes_out_without_an_arm_that_fails(tmp_path: Path) -> None:
+    figure = figure_of(**CONTROLLED, broken=Drawn(1.0, fails=True), better=Drawn(2.0))
+    done = reproduce(figure, SMOKE, Reproducing(tmp_path, InProcess()))
+    assert [ended.error for ended in done.failed] == ["RuntimeError: on purpose"]
+    page = done.page.read_text()
+    assert "| better |" in page and "| broken |" not in page
+
+
+def test_a_figure_without_any_runs_is_a_page_that_says_so(tmp_path: Path) -> None:
+    done = reproduce(figure_of(none=Drawn(0.0, fails=True)), SMOKE, Reproducing(tmp_path, InProcess()))
+    assert "No runs yet." in done.page.read_text()
+
+
+def test_the_command_reproduces_goes_on_and_reports_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.FIGURES, "figure1", figure_of(**CONTROLLED, better=Drawn(1.0)))
+    monkeypatch.setitem(registry.FIGURES, "figure7", figure_of(**CONTROLLED, broken=Drawn(3.0, fails=True)))
+    monkeypatch.setattr("marl.reproduce.command.make_engine", lambda name, workers: InProcess())
+    arguments = ["--scale", "smoke", "--seeds", "3", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, ["reproduce", "figure1", *arguments])
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 9
+    assert (tmp_path / "smoke" / "drawn.md").is_file()
+    failed = CliRunner().invoke(app, ["reproduce", "figure7", *arguments])
+    assert failed.exit_code == 1
+    assert "failed: drawn 3.0, seeds 1000 to 1002: RuntimeError: on purpose" in failed.output
+    unknown = CliRunner().invoke(app, ["reproduce", "figure9", *arguments])
+    assert unknown.exit_code == 2 and "no figure 'figure9'" in unknown.output
+
+
+def test_matrix_runs_make_a_page_with_every_kind_of_arm(tmp_path: Path) -> None:
+    """A part of figure 1 for real: each way to act, on one sequence."""
+    kept = ("none", "optimizer reset", "head x 0.1", FRESH, "KNIFE, the paper's reading", "fade to fresh, agents")
+
+    def panels(asked: Asked, files: Results) -> list[Panel]:
+        panel = figure1.compared("a", asked, replace(tasks_of(asked, "literal"), num_updates=8), files)
+        return [replace(panel, arms={name: panel.arms[name] for name in kept})]
+
+    done = reproduce(Figure("figure1", "c", panels), SMOKE, Reproducing(tmp_path, InProcess()))
+    assert done.failed == ()
+    rows = [line for line in done.page.read_text().splitlines() if line.startswith("| KNIFE")]
+    assert len(rows) == 1 and rows[0].count("|") == rows[0].count(" | ") + 2
+    (path,) = (tmp_path / "runs").glob("*knife*1000.json")
+    saved = json.loads(path.read_text())
+    assert saved["settings"]["intervention"]["act"]["settings"]["method"] == "knife"
+    assert [look["task"] for look in saved["outcome"]["looks"]][-1] == 2
+    assert saved["outcome"]["units"] > 0 and sum(saved["outcome"]["rows"].values()) == 2 * saved["outcome"]["units"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all", "tuning"])
+def test_all_figures_run_at_the_smallest_scale(name: str, tmp_path: Path) -> None:
+    command = ["reproduce", name, "--scale", "smoke", "--workers", "2", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    if name == "all":
+        pages = [(tmp_path / "smoke" / f"{figure}.md").read_text() for figure in FIGURES]
+        assert all("No runs yet." not in page for page in pages)
+        assert "| as wide as KNIFE's | not run" not in pages[0]
+
+
+# -- tuning
+
+
+def test_the_grid_is_the_open_one_and_its_settings_differ() -> None:
+    found = grid(Asked.of("paper"))
+    assert len(found) == len(set(found)) == 3 * 3 * 4 * 3 * 3
+    assert set(grid(Asked.of("small"))) < set(found)
+
+
+def test_the_best_of_the_second_round_is_taken_and_only_when_all_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MatrixRun, "run", pretended)
+    monkeypatch.setitem(tuning.FIRST_SEEDS, "small", 2)
+    monkeypatch.setitem(tuning.ALL_SEEDS, "small", 3)
+    asked, files = Asked.of("small"), Results(tmp_path)
+    tasks = tasks_of(asked, "literal")
+    assert ranked(asked, tasks, files) == []
+    assert "of the prototypes" in tuned(asked, tasks, files)[1]
+    first = of_literal(tuning_jobs(asked, files))
+    assert {seed for job in first for seed in job.seeds} == {0, 1}
+    sweep(first, files, InProcess())
+    assert ranked(asked, tasks, files) == []
+    second = of_literal(tuning_jobs(asked, files))
+    late = [job for job in second if job not in first]
+    assert {seed for job in late for seed in job.seeds} == {2}
+    assert len(late) == 108 / 4 + 1  # and what errors are relative to
+    sweep(second, files, InProcess())
+    best, source = tuned(asked, tasks, files)
+    assert source == "best of 108, tuned on seeds 0 to 2"
+    assert best.act is not None and best.when.after == 50 and score_of(best) == max(map(score_of, grid(asked)))
+
+
+def of_literal(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if isinstance(job.work, MatrixRun) and job.work.tasks.kind == "literal"]
+
+
+def score_of(intervention: Any) -> float:
+    """Made up: one time is best, and of these one duration of the fade."""
+    act = intervention.act
+    settings = getattr(act, "settings", None)
+    return float(intervention.when.after == 50) + 0.1 * (getattr(settings, "retire", None) == 100)
+
+
+def pretended(self: MatrixRun, seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
+    return [made_up(score_of(self.intervention)) for _ in seeds]
+
+
+def test_a_sequence_that_is_none_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no sequences 'other'"):
+        TaskSettings("other", 3, 3)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="at least 2 of at least 2"):
+        TaskSettings("literal", 1, 3)
