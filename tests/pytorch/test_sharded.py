@@ -240,7 +240,11 @@ def bounded(rank: int) -> dict[str, Any]:
         surgery.knife(model, Units({"2": [0, 6]}), optimizer=optimizer, retire=3)
         train(model, optimizer, 5, 10)
         numbers.append(surgery.consolidate(model, optimizer=optimizer).num_rows)
-        how = {"operate": surgery.Every(2), "cooldown": 0, "generator": torch.Generator().manual_seed(7)}
+        how: dict[str, Any] = {
+            "operate": surgery.Every(2),
+            "cooldown": 0,
+            "generator": torch.Generator().manual_seed(7),
+        }
         with surgery.Schedule(model, optimizer, "stagnant", **how) as schedule:
             for step in range(4):
                 train(model, optimizer, 1, 20 + step)
@@ -330,7 +334,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[..., An
 
 
 Done = Callable[[Callable[..., Any]], list[Any]]
-GROUP = "Sharded models"
+GROUP = "Replicas"
 
 
 @pytest.mark.situation(GROUP, "FSDP2, operated on four times in training, beside a plain model", "works")
