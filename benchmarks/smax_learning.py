@@ -5,7 +5,7 @@ rewards of the same size at the same times, but of other battles. Each run is a 
 whose file is there is not repeated, so the command can be stopped and called again, also by several processes that take
 different seeds.
 
-    python -m benchmarks.smax_learning run --seeds 0 1 2 3 4      # about RUN_MINUTES of one core for each of 20 runs
+    python -m benchmarks.smax_learning run --seeds 0 1 2 3 4      # three minutes of one core for each of 20 runs
     python -m benchmarks.smax_learning show                       # the table, and the figure of the documentation
 """
 

@@ -7,6 +7,7 @@ the previous one in one step: whoever kills a run while it saves finds the check
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ NAME = "checkpoint.pt"
 VERSION = 1
 """Of the layout of the file; to be raised with every change of what is in it."""
 
-MAY_CHANGE = ("training.num_steps", "training.save_every")
-"""What a run can go on with in another way: neither changes what happened until now."""
+MAY_CHANGE = re.compile(r"training\.save_every|(training|tasks\.\d+)\.num_steps")
+"""What a run can go on with in another way, as long as no task that is over would have been of another length."""
 
 
 def save(run: Run, folder: Path) -> None:
@@ -99,8 +100,9 @@ class Checkpoint:
         """
         settings = self.settings if settings is None else settings
         self._require_same(settings)
-        run = make_run(settings)
         try:
+            self._require_same_past(settings)
+            run = make_run(settings)
             run.load_state_dict(self.state["run"])
             run.replay.load_state_dict(self.state["replay"])
         except (KeyError, TypeError) as error:
@@ -111,8 +113,8 @@ class Checkpoint:
         saved, asked = flat(self.settings), flat(settings)
         different = sorted(
             name
-            for name in (saved.keys() | asked.keys()) - set(MAY_CHANGE)
-            if name not in saved or name not in asked or saved[name] != asked[name]
+            for name in saved.keys() | asked.keys()
+            if not MAY_CHANGE.fullmatch(name) and (name not in saved or name not in asked or saved[name] != asked[name])
         )
         if different:
             name, more = different[0], f" (and {len(different) - 1} more)" if different[1:] else ""
@@ -120,6 +122,16 @@ class Checkpoint:
                 f"{self.path} was saved with {name} {saved.get(name, 'unset')!r}, and is to go on with "
                 f"{asked.get(name, 'unset')!r}{more}: go on with its own settings, or begin a new run in another folder"
             )
+
+    def _require_same_past(self, settings: RunSettings) -> None:
+        for place in range(self.state["run"]["progress"]["task"]):
+            was, asked = self.settings.num_steps_of(place), settings.num_steps_of(place)
+            if was != asked:
+                name = settings.tasks.tasks[place].name
+                raise CheckpointError(
+                    f"{self.path} has left task {place}, {name}, after its {was} steps, and is to go on as if it had "
+                    f"had {asked}: change the steps of later tasks only, as by tasks.{place + 1}.num_steps"
+                )
 
 
 class Saves(Silent):

@@ -45,6 +45,9 @@ def train(
     environment: Annotated[
         str | None, typer.Option(help="By name, or matrix_game:knife,qtran for payoffs that follow each other.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="A sequence by name, as matrix_five; or whatever --environment takes.")
+    ] = None,
     method: Annotated[
         str | None, typer.Option(help="What is done to worn-out units, as knife; none only measures.")
     ] = None,
@@ -64,13 +67,15 @@ def train(
     """Train a team; Ctrl-C saves what there is, and --resume goes on with it."""
     named = {
         "algorithm": algorithm,
-        "tasks": environment,
+        "tasks": tasks if environment is None else environment,
         "surgery.method": method,
         "preset": preset,
         "training.num_steps": steps,
         "seed": seed,
     }
     with _errors_in_one_line():
+        if None not in (environment, tasks):
+            raise MarlError(f"--environment {environment} and --tasks {tasks} were given: give one of them")
         _set_threads(threads)
         layers = _layers(settings, named, assigned or [])
         from marl import sessions
@@ -87,14 +92,24 @@ def evaluate(
     folder: Folder,
     episodes: Annotated[int, typer.Option(min=1, help="Greedy episodes of each task.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of the games.")] = 0,
+    all_tasks: Annotated[
+        bool, typer.Option("--all-tasks", help="Play nothing; show what was learned, kept and transferred.")
+    ] = False,
+    references: Annotated[
+        list[Path] | None,
+        typer.Option("--reference", metavar="DIR", help="A run of one of the tasks alone, with --all-tasks."),
+    ] = None,
     threads: Threads = 1,
 ) -> None:
     """Play greedily with what a run has learned: the mean return, its 95 % interval, and the length."""
     with _errors_in_one_line():
         _set_threads(threads)
-        from marl.checkpoints import load
+        if all_tasks:
+            _show_all_tasks(folder, references or [])
+        else:
+            from marl.checkpoints import load
 
-        Console(soft_wrap=True).print(_evaluations(load(folder), episodes, seed))
+            Console(soft_wrap=True).print(_evaluations(load(folder), episodes, seed))
 
 
 @app.command()
@@ -176,6 +191,18 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
 
 
 # -- what is shown
+
+
+def _show_all_tasks(folder: Path, references: list[Path]) -> None:
+    from marl.configuring import configure, read_file
+    from marl.task_tables import returns_in, save_figure, tables_of
+
+    settings, console = configure(read_file(folder / "settings.yaml")), Console(soft_wrap=True)
+    returns = returns_in(folder, settings)
+    for table in tables_of(folder, settings, returns, references):
+        console.print(table)
+    save_figure(folder / "tasks.png", settings, returns)
+    console.print(f"drawn in {folder / 'tasks.png'}", markup=False, highlight=False)
 
 
 def _evaluations(run: Run, num_episodes: int, seed: int) -> Table:

@@ -21,6 +21,7 @@ from marl.environments.tasks import TaskSequence
 from marl.errors import SettingsError, suggestion
 from marl.filling import Filler, join, leaf, shown
 from marl.run_settings import RunSettings
+from marl.sequences import SEQUENCES
 from marl.settings import Algorithm, PresetName, QMIXSettings, QPLEXSettings, VDNSettings, preset
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "configure",
     "flat",
     "from_dict",
+    "modern",
     "nested",
     "read_file",
     "to_dict",
@@ -43,13 +45,17 @@ Layer = Mapping[str, object]
 
 MIXERS: Mapping[str, type[DataclassInstance]] = {"vdn": VDNSettings, "qmix": QMIXSettings, "qplex": QPLEXSettings}
 
+OLD_SWITCH = ("clear_replay", "restart_exploration")
+"""Settings of `training` that `switch` has taken over."""
+
 
 def configure(*layers: Layer) -> RunSettings:
     """The settings of a run, from layers in rising precedence.
 
     `algorithm` and `tasks` have to be in one of them. What a layer says of the mixer of another algorithm is passed
-    over. `tasks` is a list, or text as `marl.filling.task_names` reads it; a layer that says `{"tasks": {"0": {...}}}`
-    changes one task of the layers before.
+    over. `tasks` is a list, the name of one of `marl.sequences.SEQUENCES`, or text as `marl.filling.task_names` reads
+    it; a layer that says `{"tasks": {"0": {...}}}` changes one task of the layers before. What a sequence of that name
+    sets beside its tasks goes over the preset and under all layers.
 
     Raises:
         SettingsError: unknown names, wrong types, values out of range, or settings that make no game.
@@ -63,8 +69,11 @@ def configure(*layers: Layer) -> RunSettings:
     """
     algorithm = leaf(Algorithm, _latest("algorithm", layers), "algorithm")
     learning = preset(leaf(PresetName, _latest("preset", ({"preset": "pymarl"}, *layers)), "preset"), algorithm)
-    base = {"learning": _plain(learning)}
-    chosen = [{name: value for name, value in layer.items() if name != "preset"} for layer in layers]
+    chosen: list[Layer] = [
+        {name: value for name, value in modern(layer).items() if name != "preset"} for layer in layers
+    ]
+    base: Layer = {"learning": _plain(learning)}
+    chosen = [*_of_sequence(chosen), *chosen]
     builder = Filler(MIXERS[algorithm])
     settings: RunSettings = builder.value(RunSettings, [base, *_without_mixers(chosen, algorithm)], path="")
     return settings
@@ -80,8 +89,8 @@ def to_dict(settings: RunSettings) -> dict[str, object]:
 
     >>> from marl.run_settings import run_settings
     >>> settings = run_settings("vdn", "matrix_game", payoff="climbing")
-    >>> to_dict(settings)["tasks"]
-    [{'name': 'matrix_game', 'environment': 'matrix_game', 'options': {'payoff': 'climbing'}}]
+    >>> to_dict(settings)["tasks"][0]["options"]
+    {'payoff': 'climbing'}
     >>> from_dict(to_dict(settings)) == settings
     True
     """
@@ -176,6 +185,36 @@ def _latest(name: str, layers: Sequence[Layer]) -> object:
     if not given:
         raise SettingsError(f"{name} is missing; {suggestion('', MIXERS)}")
     return given[-1]
+
+
+def _of_sequence(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """What the sequence that the layers ask for by name sets beside its tasks."""
+    named = [layer["tasks"] for layer in layers if isinstance(layer.get("tasks"), str | Sequence)]
+    if named and isinstance(named[-1], str) and named[-1] in SEQUENCES:
+        yield SEQUENCES[named[-1]].settings
+
+
+def modern(layer: Layer) -> Layer:
+    """A layer with what has another name now under that name.
+
+    What a switch of tasks keeps was said by two settings of training once, and targets were not synced by it.
+
+    >>> modern({"training": {"num_steps": 5, "clear_replay": False}})
+    {'training': {'num_steps': 5}, 'switch': {'sync_targets': False, 'keep_episodes': None}}
+    """
+    training, switch = layer.get("training"), layer.get("switch", {})
+    if not isinstance(training, Mapping) or not isinstance(switch, Mapping):
+        return layer
+    old = {name: leaf(bool, training[name], f"training.{name}") for name in OLD_SWITCH if name in training}
+    if not old:
+        return layer
+    found: dict[str, object] = {"sync_targets": False}
+    if "clear_replay" in old:
+        found["keep_episodes"] = 0 if old["clear_replay"] else None
+    if "restart_exploration" in old:
+        found["restart_exploration"] = old["restart_exploration"]
+    rest = {name: value for name, value in training.items() if name not in old}
+    return {**layer, "training": rest, "switch": {**found, **switch}}
 
 
 def _without_mixers(layers: Sequence[Layer], algorithm: str) -> Iterator[Layer]:

@@ -6,7 +6,7 @@ What does not fit is refused with the path of the setting, what was found there 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from marl.environments.tasks import Task, TaskSequence
 from marl.errors import SettingsError, suggestion
+from marl.sequences import SEQUENCES
 from marl.settings import MixerSettings
 
 if TYPE_CHECKING:
@@ -72,13 +73,18 @@ class Filler:
 
 
 def task_names(text: str) -> list[dict[str, object]]:
-    """Tasks as a command line names them: an environment, or `matrix_game:` and the payoffs that follow each other.
+    """Tasks as a command line names them: a sequence of `marl.sequences`, an environment, or `matrix_game:` and the
+    payoffs that follow each other.
 
+    >>> [task["name"] for task in task_names("matrix_five")]
+    ['knife', 'qtran', 'penalty_25', 'qrelation_9', 'climbing', 'knife']
     >>> task_names("predator_prey")
     [{'name': 'predator_prey', 'environment': 'predator_prey'}]
     >>> [task["options"] for task in task_names("matrix_game:knife,qtran")]
     [{'payoff': 'knife'}, {'payoff': 'qtran'}]
     """
+    if text in SEQUENCES:
+        return [asdict(task) for task in SEQUENCES[text].tasks]
     environment, _, payoffs = text.partition(":")
     if not payoffs:
         return [{"name": text, "environment": text}]

@@ -113,9 +113,13 @@ class Learner:
             return True
         if num_episodes - self.synced_at < self.targets.every:
             return False
+        self.sync_targets(num_episodes)
+        return True
+
+    def sync_targets(self, num_episodes: int) -> None:
+        """Make the targets copies at once, after so many episodes."""
         copy_online(self.target, self.online)
         self.synced_at = num_episodes
-        return True
 
     def estimate(self, episodes: TensorDict) -> Estimates:
         """Values, targets and loss of a batch of episodes (..., B), laid out as in `marl.replay`.

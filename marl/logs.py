@@ -2,6 +2,7 @@
 
 - `log.csv`: a row for each record. Records may have different columns: the header has all that were seen so far, cells
   of those that a row lacks are empty, and the file is replaced as a whole, so that it is complete at any time.
+- `tasks.csv`: how well all tasks of a sequence are played, by `marl.all_tasks`.
 - `operations.jsonl`: a line for each operation, with the report of what was operated on.
 - `tensorboard/`: the numbers of each record, if asked for.
 - a progress bar, where there is a terminal, and a table of the last records.
@@ -11,7 +12,6 @@ A run that goes on from a checkpoint drops what was logged after it, since it wi
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -25,11 +25,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from marl.all_tasks import is_evaluated
 from marl.checkpoints import replacing
 from marl.configuring import to_yaml
+from marl.csv_files import read_rows, write_rows
 from marl.errors import MissingExtraError
 from marl.records import Record
 from marl.run import Run
+from marl.run_settings import RunSettings
+from marl.tasks_log import NAME as TASKS_NAME
+from marl.tasks_log import TasksLog
 from marl.training import Listener, Silent
 
 __all__ = ["CsvLog", "Logs", "OperationLog", "TensorBoardLog", "open_logs", "progress_bar", "table_of"]
@@ -45,6 +50,8 @@ def open_logs(folder: Path, run: Run, *, tensorboard: bool = False) -> Logs:
     with replacing(folder / "settings.yaml") as path:
         path.write_text(to_yaml(run.settings), encoding="utf-8")
     others: list[Listener] = [OperationLog.resumed(folder / "operations.jsonl", run)]
+    if is_evaluated(run):
+        others.append(TasksLog.resumed(folder / TASKS_NAME, run))
     if tensorboard:
         others.append(TensorBoardLog(folder / "tensorboard", num_steps=run.progress.num_steps))
     return Logs(CsvLog.resumed(folder / "log.csv", run), tuple(others))
@@ -57,7 +64,7 @@ class Logs:
     csv: CsvLog
     """The one that knows all records."""
     others: tuple[Listener, ...]
-    """Those for operations, and for TensorBoard."""
+    """Those for operations, for all tasks, and for TensorBoard."""
 
 
 class CsvLog(Silent):
@@ -74,20 +81,12 @@ class CsvLog(Silent):
 
     def on_record(self, run: Run, record: Record) -> None:
         self.records.append(record)
-        columns = list(dict.fromkeys(name for each in self.records for name in each))
-        with replacing(self._path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.records)
+        write_rows(self._path, self.records)
 
 
 def read_csv(path: Path) -> list[Record]:
     """The records of a log, with numbers as they were; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: _value(name, text) for name, text in row.items() if text != ""} for row in rows]
+    return [{name: _value(name, text) for name, text in row.items() if text != ""} for row in read_rows(path)]
 
 
 class OperationLog(Silent):
@@ -153,9 +152,9 @@ def progress_bar(console: Console, run: Run) -> Iterator[ProgressBar]:
         TextColumn("{task.description}"),
         TimeRemainingColumn(),
     )
-    training, tasks = run.settings.training, run.settings.tasks.tasks
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=training.num_steps * len(tasks), completed=steps_done(run))
+        total = steps_until(run.settings, len(run.settings.tasks.tasks))
+        bar = progress.add_task("", total=total, completed=steps_done(run))
         yield ProgressBar(progress, bar, num_updates=run.progress.num_updates)
 
 
@@ -176,8 +175,13 @@ class ProgressBar(Silent):
 
 def steps_done(run: Run) -> int:
     """Steps of those that the run is to take; what a task took beyond its own are not counted."""
-    num_steps = run.settings.training.num_steps
-    return run.progress.task * num_steps + min(run.progress.num_task_steps, num_steps)
+    progress, settings = run.progress, run.settings
+    return steps_until(settings, progress.task) + min(progress.num_task_steps, settings.num_steps_of(progress.task))
+
+
+def steps_until(settings: RunSettings, place: int) -> int:
+    """Steps of the tasks before a place of the sequence."""
+    return sum(map(settings.num_steps_of, range(place)))
 
 
 SHOWN = (

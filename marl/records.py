@@ -68,6 +68,7 @@ def take_record(run: Run) -> Record:
         "episodes": progress.num_episodes,
         "updates": progress.num_updates,
         "task": run.task.name,
+        "place": progress.task,
         "epsilon": run.epsilon,
     }
     return {**where, **_test(run), **run.averages.take(), **_diagnosed(run), **_units(run), **run.operations.counts()}

@@ -78,6 +78,15 @@ class EpisodeReplay:
         """
         return self._recall(self._places(min(num_episodes, len(self))), num_episodes)
 
+    def keep_latest(self, num_episodes: int) -> None:
+        """Forget all but the episodes added last, or keep all where there are fewer. The random draws go on."""
+        if num_episodes >= len(self):
+            return
+        storage, places = self._storage, self._places(num_episodes)
+        self.clear()
+        if storage is not None and num_episodes:
+            self.add(storage[places])
+
     def clear(self) -> None:
         """Forget all episodes; the next ones may have other shapes. The random draws go on."""
         self._storage, self.num_added = None, 0

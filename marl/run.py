@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from marl.agents import Agent
-from marl.environments.protocol import Environment
+from marl.environments.protocol import Environment, close
 from marl.environments.tasks import Task
 from marl.learner import Learner, make_learner
 from marl.networks import make_networks
@@ -18,11 +18,11 @@ from marl.records import Averages
 from marl.replay import EpisodeReplay
 from marl.run_settings import RunSettings
 from marl.seeding import seed_for
-from marl.surgery import Operations, load_learner
+from marl.surgery import Operations, load_learner, reset_optimizer
 
 __all__ = ["Progress", "Run", "make_run"]
 
-Event = Literal["evaluate", "save"]
+Event = Literal["evaluate", "save", "all_tasks"]
 
 
 def make_run(settings: RunSettings) -> Run:
@@ -62,7 +62,7 @@ class Progress:
     """Updates of the learner."""
     num_unlearned: int = 0
     """Episodes played since the last update was due."""
-    last: dict[Event, int] = field(default_factory=lambda: {"evaluate": 0, "save": 0})
+    last: dict[Event, int] = field(default_factory=dict)
     """Steps of the environment when it was last time to do something."""
 
 
@@ -95,7 +95,7 @@ class Run:
     @property
     def epsilon(self) -> float:
         """The share of random actions in the next round."""
-        progress, again = self.progress, self.settings.training.restart_exploration
+        progress, again = self.progress, self.settings.switch.restart_exploration
         return self.settings.learning.exploration.epsilon(progress.num_task_steps if again else progress.num_steps)
 
     @property
@@ -106,7 +106,7 @@ class Run:
     @property
     def is_task_over(self) -> bool:
         """Whether the present task has had its steps."""
-        return self.progress.num_task_steps >= self.settings.training.num_steps
+        return self.progress.num_task_steps >= self.settings.num_steps_of(self.progress.task)
 
     @property
     def is_over(self) -> bool:
@@ -116,8 +116,9 @@ class Run:
     def is_time_to(self, event: Event) -> bool:
         """Whether enough was played since the last time; if so, this is the next."""
         training, last = self.settings.training, self.progress.last
-        every = {"evaluate": training.evaluate_every, "save": training.save_every}[event]
-        if self.progress.num_steps - last[event] < every:
+        intervals = {"evaluate": training.evaluate_every, "save": training.save_every}
+        every = intervals.get(event, self.settings.all_tasks.every)
+        if every is None or self.progress.num_steps - last.get(event, 0) < every:
             return False
         last[event] = self.progress.num_steps
         return True
@@ -148,10 +149,22 @@ class Run:
         """Go on to the next task; returns the report if units were operated on for it."""
         self.progress.task += 1
         self.progress.num_task_steps = 0
-        if self.settings.training.clear_replay:
-            self.replay.clear()
+        switch = self.settings.switch
+        if switch.keep_episodes is not None:
+            self.replay.keep_latest(switch.keep_episodes)
+        self.close()
         self._open_games()
-        return self.operations.task_changed()
+        report = self.operations.task_changed()
+        if switch.reset_optimizer:
+            reset_optimizer(self.learner)
+        if switch.sync_targets:  # last, so that the targets are copies of what the next task begins with
+            self.learner.sync_targets(self.progress.num_episodes)
+        return report
+
+    def close(self) -> None:
+        """Close the games, some of which have processes of their own; those of the next task are opened by it."""
+        close(self.environment)
+        close(self.evaluation_environment)
 
     def _open_games(self) -> None:
         training = self.settings.training
@@ -180,4 +193,5 @@ class Run:
         self.operations.load_state_dict(state["operations"])
         self.progress = Progress(**state["progress"])
         self.averages, self.at_start = Averages(dict(state["averages"])), dict(state["at_start"])
+        self.close()
         self._open_games()

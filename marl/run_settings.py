@@ -19,8 +19,10 @@ __all__ = [
     "LAYER_METHODS",
     "METHODS",
     "UNIT_METHODS",
+    "AllTasksSettings",
     "RunSettings",
     "SurgerySettings",
+    "SwitchSettings",
     "TrainingSettings",
     "run_settings",
 ]
@@ -40,15 +42,11 @@ class TrainingSettings:
     """How much is played, learned, evaluated and saved."""
 
     num_steps: int = 1_000_000
-    """Steps of the environment, of all parallel episodes together, in each task."""
+    """Steps of the environment, of all parallel episodes together, in each task that does not say its own."""
     num_parallel: int = 32
     """Episodes played side by side, with the networks as they were before them."""
     episodes_per_update: int = 1
     """Episodes collected for each update; 1 is the rhythm of PyMARL, which plays one by one."""
-    clear_replay: bool = True
-    """Whether the replay forgets the episodes of the task before."""
-    restart_exploration: bool = True
-    """Whether epsilon begins anew with each task."""
     evaluate_every: int = 10_000
     """Steps of the environment from one evaluation to the next, at least."""
     num_evaluation_episodes: int = 32
@@ -60,6 +58,46 @@ class TrainingSettings:
         for name in ("num_steps", "num_parallel", "episodes_per_update", "evaluate_every", "save_every"):
             _require_at_least(1, name, getattr(self, name))
         _require_at_least(1, "num_evaluation_episodes", self.num_evaluation_episodes)
+
+
+@dataclass(frozen=True)
+class SwitchSettings:
+    """What is kept when a task ends and the next begins. The paper does not say; these are our defaults.
+
+    Weights are always kept.
+    """
+
+    keep_episodes: int | None = 0
+    """Episodes of earlier tasks that stay in the replay, the latest; none: all that it holds. By default none, as the
+    usual replay of 5,000 episodes would outlast several of the shorter tasks."""
+    restart_exploration: bool = True
+    """Whether epsilon begins anew, as nothing else would find what is now worth doing."""
+    reset_optimizer: bool = False
+    """Whether the optimizer forgets its moments; by default it goes on, as nobody tells a learner of a new task."""
+    sync_targets: bool = True
+    """Whether the target networks become copies at once, whenever they would be next; else the new task's values are
+    first learned from networks that are older than the task."""
+
+    def __post_init__(self) -> None:
+        if self.keep_episodes is not None:
+            _require_at_least(0, "keep_episodes", self.keep_episodes)
+
+
+@dataclass(frozen=True)
+class AllTasksSettings:
+    """How a run is evaluated on all tasks of its sequence, if there are several: before the first and after each."""
+
+    num_episodes: int = 32
+    """Greedy episodes of each task, always of the same games; 0: never."""
+    every: int | None = None
+    """Steps of the environment from one such evaluation to the next, beside those at the tasks' ends; none: no more."""
+    unseen: bool = True
+    """Whether tasks that are still to come are evaluated as well, which forward transfer is measured by."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(0, "num_episodes", self.num_episodes)
+        if self.every is not None:
+            _require_at_least(1, "every", self.every)
 
 
 @dataclass(frozen=True)
@@ -128,6 +166,10 @@ class RunSettings:
     """What is played, one after the other."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """How much is played and learned."""
+    switch: SwitchSettings = field(default_factory=SwitchSettings)
+    """What is kept from one task to the next."""
+    all_tasks: AllTasksSettings = field(default_factory=AllTasksSettings)
+    """How earlier and later tasks are evaluated."""
     surgery: SurgerySettings = field(default_factory=SurgerySettings)
     """What is operated on."""
     seed: int = 0
@@ -141,11 +183,24 @@ class RunSettings:
                 f"{num_parallel} episodes side by side do not fit into a replay of {capacity}: lower "
                 "training.num_parallel or raise learning.replay.capacity"
             )
-        if self.tasks.spec.episode_limit > self.training.num_steps:
+        for place, task in enumerate(self.tasks.tasks):
+            self._require_an_episode(place, task)
+        limits = {spec.episode_limit for spec in self.tasks.specs.values()}
+        if self.switch.keep_episodes != 0 and len(limits) > 1:
             raise SettingsError(
-                f"training.num_steps is {self.training.num_steps}, less than one episode of up to "
-                f"{self.tasks.spec.episode_limit} steps: raise it"
+                f"episodes are to be kept from task to task, and have up to {' or '.join(map(str, sorted(limits)))} "
+                f"steps: pad each task to {{'steps': {max(limits)}}}, or set switch.keep_episodes to 0"
             )
+
+    def _require_an_episode(self, place: int, task: Task) -> None:
+        limit, num_steps = self.tasks.specs[task.name].episode_limit, self.num_steps_of(place)
+        if limit > num_steps:
+            where = "training.num_steps" if task.num_steps is None else f"tasks.{place}.num_steps"
+            raise SettingsError(f"{where} is {num_steps}, less than one episode of up to {limit} steps: raise it")
+
+    def num_steps_of(self, place: int) -> int:
+        """Steps of the environment for which the task at a place of the sequence is played."""
+        return self.tasks.tasks[place].num_steps or self.training.num_steps
 
 
 def run_settings(

@@ -12,9 +12,9 @@ import numpy as np
 
 __all__ = ["Purpose", "seed_for"]
 
-Purpose = Literal["weights", "games", "evaluation", "replay", "surgery"]
+Purpose = Literal["weights", "games", "evaluation", "replay", "surgery", "all_tasks"]
 
-PURPOSES: tuple[Purpose, ...] = ("weights", "games", "evaluation", "replay", "surgery")
+PURPOSES: tuple[Purpose, ...] = ("weights", "games", "evaluation", "replay", "surgery", "all_tasks")
 
 
 def seed_for(seed: int, purpose: Purpose, number: int = 0) -> int:
@@ -23,7 +23,7 @@ def seed_for(seed: int, purpose: Purpose, number: int = 0) -> int:
     >>> seed_for(0, "games", 1) == seed_for(0, "games", 1)
     True
     >>> len({seed_for(seed, purpose, 7) for seed in range(10) for purpose in PURPOSES})
-    50
+    60
     """
     words = np.random.SeedSequence([seed, PURPOSES.index(purpose), number]).generate_state(1)
     return int(words[0] >> np.uint32(1))

@@ -23,7 +23,7 @@ from marl.learner import Learner
 from marl.run_settings import BANK_METHODS, LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
-__all__ = ["Operations", "load_learner", "operable_sites", "unit_shares"]
+__all__ = ["Operations", "load_learner", "operable_sites", "reset_optimizer", "unit_shares"]
 
 OPERABLE = {
     "agent": ("agent.encoder.",),
@@ -177,6 +177,11 @@ def load_learner(learner: Learner, state: Mapping[str, Any]) -> None:
         surgery.attach(learner.online, learner.optimizer)
     except surgery.SurgeryError as error:
         raise CheckpointError(str(error)) from error
+
+
+def reset_optimizer(learner: Learner) -> None:
+    """Give a learner's optimizer the state of a fresh one; its weights stay, frozen members and all."""
+    surgery.reset_optimizer(learner.online, optimizer=learner.optimizer)
 
 
 def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:

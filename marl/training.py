@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from marl.all_tasks import TaskReturn, is_evaluated, take_returns
 from marl.records import Record, take_record
 from marl.rollout import collect
 from marl.run import Run
@@ -25,6 +26,9 @@ class Listener(Protocol):
     def on_record(self, run: Run, record: Record) -> None:
         """The run was evaluated."""
 
+    def on_returns(self, run: Run, returns: Sequence[TaskReturn]) -> None:
+        """The run was evaluated on all of its tasks."""
+
     def on_save(self, run: Run) -> None:
         """It is time to save the run."""
 
@@ -37,6 +41,8 @@ class Silent:
     def on_operation(self, run: Run, report: object) -> None: ...
 
     def on_record(self, run: Run, record: Record) -> None: ...
+
+    def on_returns(self, run: Run, returns: Sequence[TaskReturn]) -> None: ...
 
     def on_save(self, run: Run) -> None: ...
 
@@ -63,6 +69,8 @@ def train(run: Run, *listeners: Listener, is_stopped: Callable[[], bool] = never
     while not (run.is_over or is_stopped()):
         if run.is_task_over:
             _tell_of_operation(run, run.begin_next_task(), listeners)
+        if run.progress.round == 0:
+            _tell_of_returns(run, listeners)
         episodes = collect(run.environment, run.agent, epsilon=run.epsilon, seed=run.games_seed)
         num_updates_due = run.add(episodes)
         if num_updates_due and not run.at_start:
@@ -75,6 +83,8 @@ def train(run: Run, *listeners: Listener, is_stopped: Callable[[], bool] = never
             record = take_record(run)
             for listener in listeners:
                 listener.on_record(run, record)
+        if run.is_time_to("all_tasks") or run.is_task_over:
+            _tell_of_returns(run, listeners)
         if run.is_time_to("save") or run.is_over:
             for listener in listeners:
                 listener.on_save(run)
@@ -89,6 +99,13 @@ def update(run: Run) -> object | None:
     run.learner.update_targets(run.progress.num_episodes)
     run.progress.num_updates += 1
     return report
+
+
+def _tell_of_returns(run: Run, listeners: tuple[Listener, ...]) -> None:
+    if is_evaluated(run):
+        returns = take_returns(run)
+        for listener in listeners:
+            listener.on_returns(run, returns)
 
 
 def _tell_of_operation(run: Run, report: object | None, listeners: tuple[Listener, ...]) -> None:

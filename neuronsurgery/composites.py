@@ -166,6 +166,11 @@ class Rows:
         """The rows where the mask is true."""
         return Rows(self.sign[mask], self.unit[mask], self.operation[mask], self.births[mask], self.retire[mask])
 
+    def of_units(self, first: int, stop: int) -> Rows:
+        """The rows of units in a range, which is counted from its first."""
+        kept = self.kept((self.unit >= first) & (self.unit < stop))
+        return Rows(kept.sign, kept.unit - first, kept.operation, kept.births, kept.retire)
+
     @property
     def can_fade(self) -> bool:
         """Whether any row fades, or has faded."""

@@ -599,7 +599,9 @@ class Schedule(Scheduling):
         dry_run: return what would be done, a `Plan`, and leave the model alone.
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
-        method: a function in the manner of `knife`: `redo`, `regrama`, `reborn`, `widen`.
+        method: a function in the manner of `knife`: `fade_to_fresh`, `redo`, `regrama`, `reborn`, `widen`. Or one that
+            sees each step, `ContinualBackprop` or `CCBP`, with `criterion=None` and `operate=Every(1)`; what it
+            remembers becomes part of the schedule's state. Then call `step` before gradients are zeroed.
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.
@@ -673,7 +675,7 @@ class Schedule(Scheduling):
         given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
         arguments = {name: value for name, value in given.items() if value is not None}
         act = Act(method, arguments, wanted is not None, verify, dry_run, on_report, follow)
-        super().__init__(model, backend, watch, settings, act)
+        super().__init__(model, backend, watch, settings, act.running(model, settings))
 
 
 class ContinualBackprop(Stepping):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -97,6 +97,20 @@ class TextEnvironment(Environment, Protocol):
     def text(self, episode: int = 0) -> str:
         """What one episode looks like now, as lines of text."""
         ...
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """Something that holds on to processes or files until it is closed."""
+
+    def close(self) -> None:
+        """Let go of them; a second time does nothing."""
+
+
+def close(environment: Environment) -> None:
+    """Close an environment, if there is anything to be closed."""
+    if isinstance(environment, Closeable):
+        environment.close()
 
 
 def checked_batch_size(batch_size: int) -> int:

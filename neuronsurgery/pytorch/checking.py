@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from neuronsurgery.errors import EquivalenceError
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.computing import Computed
+from neuronsurgery.pytorch.fsdp import as_shards
 from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Norm, UnitFunction
 from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
@@ -24,6 +26,7 @@ __all__ = [
     "Observed",
     "allowed_move",
     "SameOutput",
+    "Trial",
     "check_composite",
     "moved_activations",
     "moved_when_flat",
@@ -42,7 +45,18 @@ def tolerance(dtype: torch.dtype) -> float:
 # -- one site --------------------------------------------------------------------------------------------------------
 
 
-def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Composite) -> float:
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What stands in for a layer of which no process has all: its slots' rows, its bank, and the one it will have."""
+
+    before: list[Tensor | None]
+    old: Composite | None
+    new: Composite | None
+
+
+def check_composite(
+    place: Place, renewed: Sequence[Tensor | None], bank: Composite, trial: Trial | None = None
+) -> float:
     """The relative error of a layer's activations with new slots and a new bank, on random inputs to its producer.
 
     `renewed`: all units' rows of each of the place's slots. Tensors from elsewhere are random as well.
@@ -50,7 +64,7 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
-    error, allowed = moved_activations(place, renewed, bank), allowed_move(place)
+    error, allowed = moved_activations(place, renewed, bank, trial), allowed_move(place)
     if not error <= allowed:
         raise EquivalenceError(
             f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
@@ -66,17 +80,20 @@ def allowed_move(place: Place) -> float:
     return tolerance(dtype) * (1 + norms if dtype in (torch.bfloat16, torch.float16) else 1)
 
 
-def moved_activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite | None) -> float:
+def moved_activations(
+    place: Place, renewed: Sequence[Tensor | None], bank: Composite | None, trial: Trial | None = None
+) -> float:
     """By how much of their largest value a layer's activations move with new slots and a new bank, or none.
 
     On random inputs, as `check_composite`.
     """
-    before = [None if slots is None else slots.rows() for slots in place.slots]
+    if trial is None:
+        trial = Trial([None if slots is None else slots.rows() for slots in place.slots], place.bank, bank)
     error = 0.0
     for computed in place.computed or (None,):
         with torch.no_grad():
-            old, _ = _activations(place, before, place.bank, computed)
-            new, rows = _activations(place, renewed, bank, computed)
+            old, _ = _activations(place, trial.before, trial.old, computed)
+            new, rows = _activations(place, renewed, trial.new, computed)
             scale = max(_magnitude(old), _magnitude(rows))
             error = max(error, _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny))
     return error
@@ -197,6 +214,7 @@ def observe_output(model: nn.Module, batch: Any) -> Observed:
     mode = _LastProduct()
     with torch.no_grad(), left_alone(model), mode:
         tensors = [t.clone() for t in pytree.tree_leaves(run_model(model, batch)) if isinstance(t, Tensor)]
+    as_shards(model)
     return Observed(tensors, mode.floor)
 
 

@@ -27,6 +27,7 @@ from neuronsurgery.pytorch.computing import FIRST_NAMES
 from neuronsurgery.pytorch.distributed import session, summed
 from neuronsurgery.pytorch.fading import fades_followed
 from neuronsurgery.pytorch.fitting import banked_places, is_shared, targets_of, trained_as
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import num_weights
@@ -55,6 +56,8 @@ def consolidate(
         raise PlanError(f"tolerance is {tolerance!r}; it is a share of a unit's mean activation, from 0 to below 1")
     _check_max_rows(max_rows, batches)
     source = unwrap(model)
+    if batches is not None:
+        require_whole(source, "consolidate(batches=...)")
     targets = [] if isinstance(mirrors, (list, tuple)) and not mirrors else targets_of(model, mirrors)
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(source.named_parameters()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.sharding import is_sharded
 from neuronsurgery.pytorch.transaction import Change, Later, Overwrite, WriteRows
 
 __all__ = ["digest_of_text", "digests_of", "structure_of", "weights_of"]
@@ -44,12 +45,15 @@ def digests_of(model: nn.Module, log: Iterable[Sequence[Change]]) -> dict[str, i
 
 def weights_of(model: nn.Module) -> dict[str, int]:
     """By name, the digests of each bank and of each parameter."""
-    whole = {name: [parameter] for name, parameter in model.named_parameters()}
+    whole = {name: [parameter] for name, parameter in model.named_parameters() if not is_sharded(parameter)}
     return _digests({**_frozen(model), **whole})
 
 
 def _frozen(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Each bank's frozen rows in use, by name; running statistics follow what each process sees."""
+    """Each bank's frozen rows in use, by name; running statistics follow what each process sees.
+
+    Of sharded rows each process has its own part, and no two are to be the same.
+    """
     return {
         name: [torch.from_numpy(bank.rows.encoded()), *bank.frozen().values()]
         for name, bank in model.named_modules()

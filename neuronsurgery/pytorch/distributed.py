@@ -31,17 +31,22 @@ from neuronsurgery.errors import DistributedError
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch.digests import digest_of_text, digests_of, structure_of
 from neuronsurgery.pytorch.exclusions import exclusions
+from neuronsurgery.pytorch.fsdp import as_shards, require_reduced
 from neuronsurgery.pytorch.models import Replicated, unwrap, wrappers_of
+from neuronsurgery.pytorch.sharding import ASKED, is_sharded, mesh_of, own_share
 from neuronsurgery.pytorch.transaction import Change, keeping, revert
+from neuronsurgery.pytorch.unit_axes import UnitAxes
 from neuronsurgery.values import FrozenMapping
 
 __all__ = [
     "Session",
+    "added",
     "agreed",
     "agreed_plan",
     "agreed_units",
     "agreed_number",
     "by_itself",
+    "collected",
     "differing",
     "group_of",
     "is_one_of_many",
@@ -51,6 +56,7 @@ __all__ = [
     "same_rows",
     "session",
     "summed",
+    "taken",
     "together",
     "vote",
 ]
@@ -82,7 +88,25 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
         if isinstance(wrapper, (nn.parallel.DistributedDataParallel, Replicated)):
             group: dist.ProcessGroup | None = wrapper.process_group
             return group or dist.group.WORLD
-    return None
+    as_shards(unwrap(model))
+    mesh = mesh_of(unwrap(model))
+    return None if mesh is None else _processes_of(mesh)
+
+
+def _processes_of(mesh: Any) -> dist.ProcessGroup:
+    """The group of all processes of a mesh.
+
+    Raises:
+        DistributedError: torch has none.
+    """
+    if mesh.ndim == 1:
+        return mesh.get_group()  # type: ignore[no-any-return]
+    if mesh.size() == dist.get_world_size() and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    raise DistributedError(
+        f"the model's parameters are sharded over a mesh of {mesh.size()} processes with {mesh.ndim} axes, and others "
+        "run beside them: there is no group of these processes alone. Give the mesh one axis, or all processes"
+    )
 
 
 def is_one_of_many(model: nn.Module) -> bool:
@@ -166,6 +190,7 @@ class Session:
     def begin(self) -> None:
         """Before the first change of a transaction."""
         if not self.is_quiet:
+            require_reduced(self.model)
             self.vote("before the first change")
 
     def keep(self, changes: list[Change]) -> None:
@@ -301,7 +326,7 @@ def together(model: nn.Module) -> Iterator[None]:
         return
     group = group_of(model)
     found = None if group is None else Session(model, group)
-    token = _SESSION.set(found)
+    token, asked = _SESSION.set(found), ASKED.set(None if found is None else found.vote)
     try:
         with keeping(found):
             if found is None:
@@ -310,6 +335,7 @@ def together(model: nn.Module) -> Iterator[None]:
                 with _ended_together(found):
                     yield
     finally:
+        ASKED.reset(asked)
         _SESSION.reset(token)
 
 
@@ -421,6 +447,42 @@ def summed(point: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     found.total(packed)
     parts = torch.split(packed, [each.numel() for each in tensors])
     return [part.reshape(each.shape).to(each.device) for part, each in zip(parts, tensors, strict=True)]
+
+
+def taken(point: str, tensor: Tensor, units: Tensor, axes: UnitAxes) -> Tensor:
+    """The rows of some units of a tensor, (r, *row_shape); all processes have those of a sharded one, at their cost."""
+    if not is_sharded(tensor):
+        return axes.take(tensor.detach(), units)
+    return collected(point, [own_share(tensor, units, axes)], tensor)[0]
+
+
+def collected(point: str, shares: Sequence[Tensor], like: Any) -> list[Tensor]:
+    """Tensors of which each process has a part and zeros elsewhere, whole and bit for bit, in one all-reduce.
+
+    `like`: a sharded tensor of the model, for its processes where no session is open.
+    """
+    found = _SESSION.get()
+    data = torch.cat([_bytes_of(each) for each in shares])
+    if found is not None:
+        found.vote(point, alike=_shapes(shares))
+        data = found.total(data.to(found.device))
+    else:
+        dist.all_reduce(data, group=_processes_of(like.device_mesh))
+    parts = torch.split(data, [each.numel() * each.element_size() for each in shares])
+    return [_like(each, part) for each, part in zip(shares, parts, strict=True)]
+
+
+def added(point: str, tensors: Sequence[Tensor], like: Any) -> list[Tensor]:
+    """The sums over all processes of tensors of one dtype, in one all-reduce; `like` as of `collected`."""
+    found = _SESSION.get()
+    packed = torch.cat([each.reshape(-1) for each in tensors])
+    if found is not None:
+        found.vote(point, alike=_shapes(tensors))
+        packed = found.total(packed.to(found.device)).to(packed.device)
+    else:
+        dist.all_reduce(packed, group=_processes_of(like.device_mesh))
+    parts = torch.split(packed, [each.numel() for each in tensors])
+    return [part.reshape(each.shape) for part, each in zip(parts, tensors, strict=True)]
 
 
 def _shapes(tensors: Sequence[Tensor | None]) -> dict[str, int]:

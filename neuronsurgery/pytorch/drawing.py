@@ -19,6 +19,7 @@ from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
+from neuronsurgery.pytorch.sharding import is_sharded
 from neuronsurgery.pytorch.transaction import Call, keep
 
 __all__ = [
@@ -134,8 +135,8 @@ def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[lis
 
 
 def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None, str]:
-    weight = torch.full_like(place.weight, torch.nan, requires_grad=False)
-    bias = None if place.slots[1] is None else torch.zeros_like(place.slots[1].tensor, requires_grad=False)
+    weight = empty_like(place.weight).fill_(torch.nan)
+    bias = None if place.slots[1] is None else empty_like(place.slots[1].tensor).zero_()
     owner = place.owners[0][0]
     if init is not None:
         init(weight)
@@ -145,7 +146,8 @@ def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None
         scratch = scratch_of(owner)
         scratch.reset_parameters()
         return scratch.weight.detach(), None if bias is None else scratch.bias.detach(), ""
-    values = place.weight.detach().float()
+    assert place.slots[0] is not None, "a place has a weight"
+    values = place.slots[0].rows().float()
     std = float(values.std() if values.numel() > 1 else values.abs())
     return weight.normal_(0.0, std), bias, f"{place.site.name}: no initializer of its own; drew normal(0, {std:.3g})"
 
@@ -169,18 +171,25 @@ def _path_tensor(slots: Slots | None) -> Tensor | None:
         scratch = scratch_of(slots.owner)
         scratch.reset_parameters()
         return getattr(scratch, slots.attribute).detach()  # type: ignore[no-any-return]
-    fill = float(slots.tensor.detach().float().mean()) if slots.fresh is None else slots.fresh
-    return torch.full_like(slots.tensor, fill, requires_grad=False)
+    fill = float(slots.rows().float().mean()) if slots.fresh is None else slots.fresh
+    return empty_like(slots.tensor).fill_(fill)
 
 
 def scratch_of(module: nn.Module) -> Any:
     """A module of the same class and settings with uninitialized parameters of its own, without hooks or banks."""
     scratch: Any = object.__new__(original_class(module))
     scratch.__dict__.update(module.__dict__)
-    parameters = {n: p if p is None else nn.Parameter(torch.empty_like(p)) for n, p in module._parameters.items()}
+    parameters = {n: p if p is None else nn.Parameter(empty_like(p)) for n, p in module._parameters.items()}
     buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     scratch.__dict__.update(_parameters=parameters, _modules={}, _buffers=buffers)
     return scratch
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialized tensor of the same shape, all of it here: what is drawn does not depend on how it is sharded."""
+    if is_sharded(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_like(tensor, requires_grad=False)
 
 
 @contextmanager

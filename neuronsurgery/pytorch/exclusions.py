@@ -32,19 +32,10 @@ def exclusions(model: nn.Module) -> Iterator[Change]:
     for each in replicas_of(model):
         after = _without_banks(each.module, each.parameters_to_ignore) | _frozen_names(each.module)
         if after != each.parameters_to_ignore:
+            # Whether it sends any is decided by the list it made last, which is made anew after either way.
+            yield Call(undo=each._assign_modules_buffers)
             yield SetItem(vars(each), "parameters_to_ignore", after)
-            each_again: Any = each
-            yield Recollect(each_again)
-
-
-class Recollect(Call):
-    """Let a replica list its buffers anew."""
-
-    def __init__(self, replica: nn.parallel.DistributedDataParallel) -> None:
-        super().__init__(replica._assign_modules_buffers)
-
-    def apply(self) -> None:
-        self.undo()
+            yield Call(do=each._assign_modules_buffers)
 
 
 def replicas_of(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:

@@ -22,6 +22,7 @@ from neuronsurgery.pytorch.consuming import Consumer, consumers_of
 from neuronsurgery.pytorch.corrections import CORRECTIONS
 from neuronsurgery.pytorch.distributed import group_of
 from neuronsurgery.pytorch.fading import FADING
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.hanging import take_down
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout
@@ -44,6 +45,7 @@ __all__ = ["flatten"]
 def flatten(model: nn.Module, *, verify: Any = None) -> Flattening:
     """Make a model plain and wider where its banks allow; see `neuronsurgery.surgery.flatten`."""
     check_model(model)
+    require_whole(model, "flatten")
     if group_of(model) is not None:
         raise ModelError("DistributedDataParallel keeps the sizes of parameters: flatten the module inside it")
     source = unwrap(model)

@@ -29,6 +29,7 @@ from neuronsurgery.pytorch.fitting import (
     targets_of,
     trained_as,
 )
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.mirrored_rows import (
     Key,
@@ -57,6 +58,7 @@ Frozen = Literal["own", "shared"]
 @by_itself
 def mirror(model: nn.Module, *, onto: Any, frozen: Frozen = "own", verify: Any = None) -> MirrorReport:
     """Give target networks the structure of a model; see `neuronsurgery.surgery.mirror`."""
+    require_whole(model, "mirror")
     if frozen not in ("own", "shared"):
         raise MirrorError(f"frozen= takes 'own' or 'shared', found {frozen!r}")
     source, targets = unwrap(model), targets_of(model, onto)
@@ -87,6 +89,7 @@ def check_mirrors(model: nn.Module, *, onto: Any, sites: Collection[str]) -> Non
     Raises:
         MirrorError: a target lacks one of the sites, or has another layer there.
     """
+    require_whole(model, "mirror")
     source, targets = unwrap(model), targets_of(model, onto)
     with ExitStack() as stack:
         for each in (source, *targets):

@@ -7,6 +7,7 @@ producer and activation apply the bank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuronsurgery.composites import Rows
+from neuronsurgery.composites import Rows, room_for
 from neuronsurgery.errors import ModelError, PlanError
 from neuronsurgery.methods import METHODS
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
@@ -33,9 +34,11 @@ from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.reducing import removable, without
 from neuronsurgery.pytorch.rewriting import class_changes
+from neuronsurgery.pytorch.sharding import appended, held, is_sharded
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
+from neuronsurgery.pytorch.trying import trial_of
 from neuronsurgery.pytorch.undoable import check_undo, undoable
 from neuronsurgery.reports import Report
 
@@ -127,7 +130,7 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         if len(set(units)) != len(units) or not all(0 <= unit < place.site.num_units for unit in units):
             raise PlanError(f"units {list(units)} of {name!r} must be distinct and below {place.site.num_units}")
         for slots in place.slots:
-            if slots is not None and not bool(slots.tensor.detach().isfinite().all()):
+            if slots is not None and not bool(held(slots.tensor.detach()).isfinite().all()):
                 raise ModelError(
                     f"the weights of {name!r} are not finite (NaN or infinity); restore the model from a checkpoint, "
                     "a composite unit would keep the NaN for good"
@@ -172,10 +175,11 @@ def graft(drawn: Drawn, operation: Operation) -> Graft:
     births = _births(place, optimizers)
     if operation.retire:
         require_counted(place, births)
-    bank = _extended_bank(place, chosen, fresh, operation, births)
+    old = _with_room(place, len(chosen), operation.max_growth)
+    knowledge = [None if slots is None else slots.take(chosen) for slots in place.slots]
+    bank = _extended_bank(drawn, old, knowledge, operation)
     bank.train(place.owners[0][0].training)
-    is_same = operation.keeps_knowledge
-    error = check_composite(place, _renewed_slots(place, chosen, fresh), bank) if is_same else None
+    error = _error(drawn, knowledge, bank) if operation.keeps_knowledge else None
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
     notes = list(drawn.notes)
     for slots in place.renewed:
@@ -195,33 +199,42 @@ def _births(place: Place, optimizers: Optimizers) -> list[int]:
 
 
 def _extended_bank(
-    place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: Operation, births: list[int]
+    drawn: Drawn, old: Composite | None, knowledge: Sequence[Tensor | None], operation: Operation
 ) -> Composite:
     """A bank with a knowledge and a compensation row for each unit appended.
 
     A method that does not keep knowledge has the same rows; those of what the unit knew have retired already.
     """
-    old = _with_room(place, len(units), operation.max_growth)
+    place, units, births = drawn.place, drawn.units.tolist(), _births(drawn.place, operation.optimizers)
     structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
-        units.tolist(), operation.number, [births] * len(units), operation.retire
+        units, operation.number, [births] * len(units), operation.retire
     )
-    values: list[Tensor | None] = []
-    for name, slots, drawn in zip(place.buffer_names, place.slots, fresh, strict=True):
-        if slots is None:
-            values.append(None)
-            continue
-        knowledge = slots.take(units)
-        compensation = knowledge if drawn is None else drawn
-        frozen = [] if old is None else [old.live(name)]
-        values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
-    faded = torch.ones(0, device=units.device) if old is None else old.live_fade()
+    room = room_for(len(structure), place.site.num_units)
+    added = [
+        None if rows is None else torch.cat([rows, rows if fresh is None else fresh])
+        for rows, fresh in zip(knowledge, drawn.fresh, strict=True)
+    ]
+    values = [
+        rows if rows is None or old is None else _appended(old, name, rows, room)
+        for name, rows in zip(place.buffer_names, added, strict=True)
+    ]
+    faded = torch.ones(0, device=place.weight.device) if old is None else old.live_fade()
     fade = torch.cat([faded, faded.new_ones(2 * len(units))])
     if not operation.keeps_knowledge:
-        structure, known = structure.forgetting(units.tolist(), operation.number, operation.retire)
+        structure, known = structure.forgetting(units, operation.number, operation.retire)
         fade[torch.from_numpy(known).to(fade.device)] = 0
     bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
+
+
+def _appended(old: Composite, name: str, added: Tensor, room: int) -> Tensor:
+    """The rows of one buffer of a bank, and those that are added."""
+    value = old._buffers[name]
+    if value is not None and is_sharded(value):
+        return appended(value, len(old.rows), added, room)
+    live = old.live(name)
+    return added if live is None else torch.cat([live, added])
 
 
 def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | None:
@@ -232,13 +245,19 @@ def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | 
     return without(bank, removable(bank))
 
 
-def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """All units' rows of each of the slots, as they will be."""
-    rows = [None if slots is None else slots.rows() for slots in place.slots]
-    return [
-        old if old is None or drawn is None else old.index_copy(0, units, drawn.to(old))
-        for old, drawn in zip(rows, fresh, strict=True)
+def _error(drawn: Drawn, knowledge: Sequence[Tensor | None], bank: Composite) -> float:
+    """By how much the composites of a new bank are off; of a sharded layer on the operation's units alone."""
+    place, units = drawn.place, drawn.units
+    if not is_sharded(place.weight):
+        before, trial = [None if slots is None else slots.rows() for slots in place.slots], None
+    else:
+        trial = trial_of(place, units, knowledge, bank)
+        before = trial.before
+    renewed = [
+        old if old is None or fresh is None else old.index_copy(0, units, fresh.to(old))
+        for old, fresh in zip(before, drawn.fresh, strict=True)
     ]
+    return check_composite(place, renewed, bank, trial)
 
 
 def slot_changes(
@@ -369,9 +388,9 @@ def banked_names(discovery: Discovery) -> set[str]:
 def num_weights(model: nn.Module) -> int:
     """The numbers a model stores: its parameters and its live frozen rows."""
     frozen = sum(
-        int(value.numel())
+        len(bank.rows) * math.prod(value.shape[1:])
         for bank in banks_of(model)
         for name in bank.buffer_names()
-        if (value := bank.live(name)) is not None
+        if (value := bank._buffers[name]) is not None
     )
     return sum(p.numel() for p in model.parameters()) + frozen

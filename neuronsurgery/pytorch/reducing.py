@@ -25,6 +25,8 @@ Pairs = Sequence[tuple[int, int]]
 def removable(bank: Composite) -> NDArray[np.bool_]:
     """Mask of the rows that contribute nothing by their weights alone, whatever the data; it waits for the device."""
     dropped = faded(bank)
+    if bank.is_sharded:  # rows could be compared at the price of gathering them, which `consolidate` pays
+        return dropped
     if any(len(value) < len(bank.rows) for name in bank.buffer_names() if (value := bank.live(name)) is not None):
         return dropped  # cut short: `check` says so
     for pair in equal(bank, candidates(bank.rows, bank.path)):

@@ -23,6 +23,7 @@ from neuronsurgery.pytorch.checking import MovedOutput, SameOutput
 from neuronsurgery.pytorch.consuming import Consumer, consumers_of
 from neuronsurgery.pytorch.distributed import agreed_plan
 from neuronsurgery.pytorch.drawing import Init, check_drawing, drawn_alike, generator_kept, seed_for
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import check_plan, num_weights, slot_changes
 from neuronsurgery.pytorch.places import Place
@@ -62,6 +63,7 @@ def reset_units(
     generator: torch.Generator | None = None,
 ) -> Report:
     """Draw the units of a plan anew and silence them; see `neuronsurgery.surgery.redo`."""
+    require_whole(model, "redo or regrama")
     check_drawing(init, generator)
     subject = prepared(model, plan, optimizer, method)
     with generator_kept(generator):

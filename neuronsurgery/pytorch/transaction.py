@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, overload
 import torch
 from torch import Tensor
 
+from neuronsurgery.pytorch.sharding import held, is_sharded, own_rows, own_values, part_of
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
 __all__ = [
@@ -126,12 +127,13 @@ class Later:
 
 
 class Call:
-    """Something that was done already, or needs no doing, and how it is taken back."""
+    """Something that is done by a call, or taken back by one, or both."""
 
-    def __init__(self, undo: Callable[[], object]) -> None:
-        self.undo = undo
+    def __init__(self, undo: Callable[[], object] = lambda: None, do: Callable[[], object] = lambda: None) -> None:
+        self.undo, self.do = undo, do
 
-    def apply(self) -> None: ...
+    def apply(self) -> None:
+        self.do()
 
     def revert(self) -> None:
         self.undo()
@@ -140,10 +142,13 @@ class Call:
 class WriteRows:
     """Overwrite the rows of some units of a tensor in place, without autograd: `tensor[rows] = values`.
 
-    `rows`: (r,) int64, units under `axes`; `values`: (r, *row_shape).
+    `rows`: (r,) int64, units under `axes`; `values`: (r, *row_shape). Of a sharded tensor this process writes its part.
     """
 
     def __init__(self, tensor: Tensor, rows: Tensor, values: Tensor, axes: UnitAxes = ROWS) -> None:
+        if is_sharded(tensor):
+            which, own = own_rows(tensor, rows, axes)
+            tensor, rows, values = held(tensor), own, own_values(tensor, values, which, axes)
         self.tensor, self.rows, self.values, self.axes = tensor, rows, values, axes
         self.replaced: Tensor | None = None
 
@@ -159,9 +164,11 @@ class WriteRows:
 
 
 class Overwrite:
-    """Overwrite a whole tensor in place, without autograd."""
+    """Overwrite a whole tensor in place, without autograd; of a sharded one the part that this process holds."""
 
     def __init__(self, tensor: Tensor, values: Tensor) -> None:
+        if is_sharded(tensor):
+            tensor, values = held(tensor), part_of(tensor, values)
         self.tensor, self.values = tensor, values
         self.replaced: Tensor | None = None
 

@@ -21,6 +21,7 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput
 from neuronsurgery.pytorch.consuming import Consumer
 from neuronsurgery.pytorch.drawing import check_drawing, generator_kept
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout, Norm, Reshape
 from neuronsurgery.pytorch.models import unwrap, wrappers_of
@@ -46,6 +47,7 @@ def widen(
     generator: torch.Generator | None = None,
 ) -> Report:
     """Split the units of a plan in two; see `neuronsurgery.surgery.widen`."""
+    require_whole(model, "widen")
     check_drawing(None, generator)
     if any(isinstance(each, nn.parallel.DistributedDataParallel) for each in wrappers_of(model)):
         raise ModelError("DistributedDataParallel keeps the sizes of parameters: widen the module before it is wrapped")

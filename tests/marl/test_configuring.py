@@ -68,7 +68,7 @@ def test_later_layers_go_over_earlier_ones_and_all_over_the_preset(tmp_path: Pat
         ("surgery.every=null", "surgery.every", None),
         ("surgery.method=none", "surgery.method", "none"),
         ("surgery.parts=[agent]", "surgery.parts", ["agent"]),
-        ("training.clear_replay=false", "training.clear_replay", False),
+        ("switch.sync_targets=false", "switch.sync_targets", False),
         ("tasks.0.options.punishment=-5e-1", "tasks.0.options.punishment", -0.5),
         ("tasks.0.name=3", None, "tasks.0.name is 3; it must be text"),
     ],

@@ -13,7 +13,7 @@ from marl.environments import TaskSequence, matrix_tasks
 from marl.errors import SettingsError
 from marl.records import Record
 from marl.run import Run, make_run
-from marl.run_settings import RunSettings, SurgerySettings, TrainingSettings, run_settings
+from marl.run_settings import RunSettings, SurgerySettings, SwitchSettings, TrainingSettings, run_settings
 from marl.settings import Algorithm, ReplaySettings
 from marl.training import Silent, train
 
@@ -183,7 +183,8 @@ def test_tasks_follow_each_other_and_each_begins_without_the_episodes_of_the_las
 
 def test_replay_and_exploration_go_on_over_tasks_where_that_is_asked_for() -> None:
     notes = Notes()
-    run = finished(sequence("climbing", "qtran", clear_replay=False, restart_exploration=False), notes)
+    going_on = SwitchSettings(keep_episodes=None, restart_exploration=False)
+    run = finished(replace(sequence("climbing", "qtran"), switch=going_on), notes)
     assert notes.rounds[8]["replay"] == 64
     assert run.epsilon == pytest.approx(1 - 0.95 * 192 / 400)
     again = finished(sequence("climbing", "qtran"))

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -531,3 +534,55 @@ def test_twenty_runs_of_ranks_with_other_seeds_and_data_stay_one_model(num: int,
     assert [run["problems"] for run in results[0]] == [[]] * 20
     assert all(any(run["operated"].values()) for run in results[0])
     assert len({str(run["weights"]) for run in results[0]}) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [2, 4])
+def test_processes_of_torchrun_stay_one_model(num: int, tmp_path: Path):
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "-m", "tests.replicas_by_torchrun"]
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, *run, str(tmp_path)], cwd=root, check=True, timeout=500, env=os.environ)
+    results = [torch.load(tmp_path / f"result {rank}", weights_only=True) for rank in range(num)]
+    assert same_everywhere(results)
+    assert [each["num_operations"] for each in results[0]] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.situation(GROUP, "DDP, compiled", "works")
+def test_a_compiled_replica_is_operated_on_and_trains_on_alike(tmp_path: Path):
+    def work(rank: int) -> dict[str, Any]:
+        replica, optimizer = pair(rank)
+        compiled: Any = torch.compile(replica, backend="aot_eager")
+        for step in range(4):
+            take(compiled, optimizer, batch(step, rank))
+            report = surgery.knife(compiled, CHOSEN, optimizer=optimizer, verify=batch(step, rank))
+        with torch.no_grad():
+            apart = (compiled(batch(5, rank)) - replica.module(batch(5, rank))).abs().max()
+        return {"weights": weights_of(replica.module), "number": report.operation, "agrees": float(apart) < 1e-5}
+
+    results = in_processes(work, tmp_path)
+    assert same_everywhere(results)
+    assert results[0]["number"] == 4 and results[0]["agrees"]
+
+
+@pytest.mark.slow
+@pytest.mark.situation(GROUP, "a rank that dies in the middle of an operation", "refused")
+def test_what_is_left_when_a_process_dies_is_as_it_was(tmp_path: Path):
+    def work(rank: int) -> dict[str, Any]:
+        replica, optimizer = pair(rank)
+        take(replica, optimizer, batch(0, rank))
+
+        def dies(weight: Tensor) -> None:
+            torch.nn.init.zeros_(weight)
+            if rank:
+                torch.save({}, tmp_path / "result 1")
+                os._exit(0)
+
+        before = snapshot(replica.module, [optimizer])
+        told = refusal(lambda: surgery.knife(replica, CHOSEN, optimizer=optimizer, init=dies))
+        after = snapshot(replica.module, [optimizer])
+        return {"told": told, "changed": [label for label in before if before[label] != after.get(label)]}
+
+    found = in_processes(work, tmp_path)[0]
+    assert "lost touch with the others" in found["told"]
+    assert found["changed"] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,8 @@ def battles(settings: SmaxSettings = SETTINGS, *, seed: int = 0) -> Smax:
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Keeps compiled code in a folder, where one process at a time looks for it and adds to it."""
+    import fcntl  # not on Windows, where none of this is run
+
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     with (folder / "lock").open("w") as lock:
