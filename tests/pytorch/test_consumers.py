@@ -342,7 +342,7 @@ class GatedInput(Forward):
 class GatedBeside(GatedInput):
     """Features from outside, each with a column of its own in the consumer."""
 
-    def forward(self, x, features):
+    def forward(self, x, features):  # type: ignore[override]
         return self.head(F.silu(self.one(x)) * features)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -243,6 +244,20 @@ def test_a_model_in_training_is_refused_and_its_copy_is_not() -> None:
     plain = copy.deepcopy(model)
     assert surgery.flatten(plain).num_rows == 2
     assert_untouched(before, model, [optimizer])
+
+
+def test_a_replica_of_many_processes_is_refused_before_it_changes() -> None:
+    dist.init_process_group("gloo", store=dist.TCPStore("localhost", 0, 1, is_master=True), rank=0, world_size=1)  # type: ignore[attr-defined]
+    try:
+        model = mlp()
+        surgery.knife(model, surgery.Units({"0": [1]}))
+        replica = nn.parallel.DistributedDataParallel(model)
+        before = snapshot(model)
+        with pytest.raises(surgery.ModelError, match="flatten the module inside it"):
+            surgery.flatten(replica)
+        assert_untouched(before, model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_was_frozen_trains_and_no_old_gradient_is_left() -> None:
