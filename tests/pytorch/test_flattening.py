@@ -152,7 +152,7 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] =
 
 
 @pytest.mark.parametrize("name", DECLINED)
-@pytest.mark.situation("Compile and export", "flattened: what is not linear keeps its bank", "declined")
+@pytest.mark.situation("Compile and export", "flattened: what is not linear keeps its bank", "refused")
 def test_what_cannot_be_flattened_keeps_its_bank_with_a_reason(name: str) -> None:
     make, shape, site, reason = DECLINED[name]
     torch.manual_seed(0)
