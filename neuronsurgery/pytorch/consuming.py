@@ -198,7 +198,7 @@ class Following:
     def called(self, scope: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
         path = str(user.target)
         module = submodule(scope, path)
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if original_class(module).forward in _RECURRENT_FORWARDS:
             return self.recurrent(path, module, node, user, layout)
         if original_class(module).forward is nn.MultiheadAttention.forward:
             return self.attended(path, module, node, user, layout)
@@ -375,6 +375,9 @@ class Following:
 
 MANY = 8
 """In so many ways a value may be reached, as when it is joined with functions of itself."""
+
+_RECURRENT_FORWARDS = {each.forward for each in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
+"""What computes gates from inputs by these weights and by nothing else; a subclass may do more."""
 
 _RECURRENT = ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih")
 

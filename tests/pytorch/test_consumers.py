@@ -339,10 +339,13 @@ class GatedInput(Forward):
         return self.head(F.silu(self.one(x)) * x)
 
 
-class GatedBeside(GatedInput):
+class GatedBeside(Forward):
     """Features from outside, each with a column of its own in the consumer."""
 
-    def forward(self, x, features):  # type: ignore[override]
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x, features):
         return self.head(F.silu(self.one(x)) * features)
 
 
@@ -518,6 +521,17 @@ class Remembering(Forward):
         return self.memory(x) if x.sum() > 0 else x
 
 
+class Skipping(nn.GRUCell):
+    """A cell that hands its input on beside its gates."""
+
+    def forward(self, input, hx=None):
+        return super().forward(input, hx) + input
+
+
+def skipped() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Skipping(4, 4))
+
+
 class Correlated(Attended):
     def forward(self, x):
         h = F.relu(self.one(x))
@@ -578,6 +592,7 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "attention beside others": (Asked, "one", "'attention' reads it beside others by columns of one weight: as query"),
     "a sum over units": (Correlated, "one", "'bmm' reads it otherwise than to average it"),
     "a product with itself": (Squared, "one", "'bmm' reads it otherwise than to average it"),
+    "a recurrent layer with a forward of its own": (skipped, "0", "it is added to another tensor"),
     "a mask of attention": (Masked, "one", "it enters 'attention' otherwise than as query, key or value"),
     "a hook on attention": (listened, "one", "a hook on its consumer 'attention' may change what that reads"),
 }
