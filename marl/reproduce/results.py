@@ -94,13 +94,17 @@ class Results:
 
     def path(self, work: Work, seed: int) -> Path:
         """The file of a run, which no other run has."""
-        digest = hashlib.sha256(json.dumps(settings_of(work), sort_keys=True).encode()).hexdigest()[:12]
-        name = re.sub(r"[^a-z0-9]+", "-", work.label.lower()).strip("-")
-        return self.folder / f"{name}-{digest}-{seed}.json"
+        return self.paths(Job(work, (seed,)))[seed]
+
+    def paths(self, job: Job) -> dict[int, Path]:
+        """The files of all seeds of a job, by seed."""
+        digest = hashlib.sha256(json.dumps(settings_of(job.work), sort_keys=True).encode()).hexdigest()[:12]
+        name = re.sub(r"[^a-z0-9]+", "-", job.work.label.lower()).strip("-")
+        return {seed: self.folder / f"{name}-{digest}-{seed}.json" for seed in job.seeds}
 
     def missing(self, job: Job) -> Job | None:
         """The job for those of its seeds that have no file; none where all have."""
-        seeds = tuple(seed for seed in job.seeds if not self.path(job.work, seed).is_file())
+        seeds = tuple(seed for seed, path in self.paths(job).items() if not path.is_file())
         return Job(job.work, seeds) if seeds else None
 
     def do(self, job: Job, provenance: Provenance) -> None:
@@ -122,25 +126,18 @@ class Results:
         else:
             unfinished.replace(path)
 
-    def read(self, work: Work, seed: int) -> Result:
-        """What a file says.
+    def of(self, job: Job) -> list[Result]:
+        """What there is of a job, in the order of its seeds.
 
         Raises:
-            SettingsError: it is no result of that work.
+            SettingsError: a file is no result of that work and seed.
         """
-        path = self.path(work, seed)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            found = Result(**{**data, "provenance": Provenance(**data["provenance"])})
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
-            raise SettingsError(f"asked for a result, found a file that is none: delete {path} ({error})") from error
-        if found.settings != settings_of(work) or found.seed != seed:
-            raise SettingsError(f"asked for seed {seed} of {work.label}, found another run: delete {path}")
-        return found
-
-    def of(self, job: Job) -> list[Result]:
-        """What there is of a job, in the order of its seeds."""
-        return [self.read(job.work, seed) for seed in job.seeds if self.path(job.work, seed).is_file()]
+        settings = settings_of(job.work)
+        found = [(seed, path, _read(path)) for seed, path in self.paths(job).items() if path.is_file()]
+        for seed, path, result in found:
+            if result.settings != settings or result.seed != seed:
+                raise SettingsError(f"asked for seed {seed} of {job.work.label}, found another run: delete {path}")
+        return [result for _, _, result in found]
 
 
 def jobs_of(works: Iterable[Work], seeds: Sequence[int], *, side_by_side: int) -> list[Job]:
@@ -171,6 +168,14 @@ def _shared_out(seeds: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
         end = start + least + (part < rest)
         yield tuple(seeds[start:end])
         start = end
+
+
+def _read(path: Path) -> Result:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**{**data, "provenance": Provenance(**data["provenance"])})
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise SettingsError(f"asked for a result, found a file that is none: delete {path} ({error})") from error
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -68,9 +68,8 @@ def judged(panel: Panel, runs: Runs, measure: Measure) -> dict[str, Judgement]:
     if any(control not in scores for control in controls):
         return {}
     methods = [name for name in scores if name not in controls]
-    return judge(
-        scores, methods, nothing=panel.nothing, optimizer=panel.optimizer, is_less_better=measure.is_less_better
-    )
+    less, smallest = measure.is_less_better, measure.smallest_effect
+    return judge(scores, methods, controls=controls, is_less_better=less, smallest_effect=smallest)
 
 
 def _table(panel: Panel, runs: Runs) -> Iterator[str]:

@@ -70,6 +70,8 @@ class Measure:
     """Whether small numbers are good."""
     relative_to: str | None = None
     """The arm whose number it is divided by, seed by seed; none: as it is."""
+    smallest_effect: float = 0.0
+    """How large a difference has to be to count."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from marl.reproduce.figures.arms import CONTROLS, FADE_TO_FRESH, PAPER, base_of, measures_of, scaled, shuffled, tasks_of
+from marl.reproduce.figures.arms import (
+    CONTROLS,
+    FADE_TO_FRESH,
+    PAPER,
+    base_of,
+    measures_of,
+    same_controls,
+    scaled,
+    shuffled,
+    tasks_of,
+)
 from marl.reproduce.figures.figure import Asked, Figure, Panel
 from marl.reproduce.figures.tuning import tuned
 from marl.reproduce.matrix.runs import MatrixRun
@@ -51,7 +61,8 @@ def compared(name: str, asked: Asked, tasks: TaskSettings, files: Results, **lea
     if tasks.does_reset_optimizer:
         # The sequence does that itself: none and a reset are one.
         arms["optimizer reset"] = arms["none"]
-    return Panel(name, arms, measures_of(tasks.kind), missing, notes=[f"KNIFE, best setting: {source}."])
+    notes = [*same_controls(tasks), f"KNIFE, best setting: {source}."]
+    return Panel(name, arms, measures_of(tasks.kind), missing, notes)
 
 
 def _wide(base: MatrixRun, knife: MatrixRun, seeds: Sequence[int], files: Results) -> MatrixRun | None:

@@ -12,6 +12,7 @@ from marl.reproduce.figures.arms import (
     PAPER,
     base_of,
     measures_of,
+    same_controls,
     scaled,
     shuffled,
     tasks_of,
@@ -72,7 +73,7 @@ def _panel(
     done = {arm: replace(base, intervention=scaled(asked, each)) for arm, each in {**CONTROLS, **arms}.items()}
     if tasks.does_reset_optimizer:
         done["optimizer reset"] = done["none"]
-    return Panel(name, done, measures_of(tasks.kind), missing)
+    return Panel(name, done, measures_of(tasks.kind), missing, same_controls(tasks))
 
 
 FIGURE7 = Figure(

@@ -105,10 +105,10 @@ def _ordered(
     asked: Asked, tasks: TaskSettings, files: Results, settings: Sequence[Intervention], seeds: Sequence[int]
 ) -> list[tuple[Intervention, float]]:
     base, measure = base_of(asked, tasks), measures_of(tasks.kind)[0]
-    wanted = [*settings, CONTROLS[FRESH]]
-    runs = [files.of(Job(_with(base, each), tuple(seeds))) for each in wanted]
-    if any(len(each) < len(seeds) for each in runs):
+    jobs = [Job(_with(base, each), tuple(seeds)) for each in (*settings, CONTROLS[FRESH])]
+    if any(files.missing(job) for job in jobs):
         return []
+    runs = [files.of(job) for job in jobs]
     means = [float(np.mean([measure.of(run.outcome) for run in each])) for each in runs]
     scale = means[-1] if measure.relative_to == FRESH else 1.0
     scored = [(each, score / scale) for each, score in zip(settings, means, strict=False)]

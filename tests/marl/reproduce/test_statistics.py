@@ -113,13 +113,33 @@ def scores_of(**shifts: float) -> dict[str, np.ndarray]:
     ],
 )
 def test_only_what_beats_both_controls_is_confirmed(method: float, optimizer: float, verdict: Verdict) -> None:
-    found = judge(scores_of(none=0, opt=optimizer, m=method), ["m"], nothing="none", optimizer="opt")
+    found = judge(scores_of(none=0, opt=optimizer, m=method), ["m"], controls=("none", "opt"))
     assert found["m"].verdict is verdict
 
 
 def test_less_may_be_better() -> None:
-    found = judge(scores_of(none=0, opt=0, m=-0.5), ["m"], nothing="none", optimizer="opt", is_less_better=True)
+    found = judge(scores_of(none=0, opt=0, m=-0.5), ["m"], controls=("none", "opt"), is_less_better=True)
     assert found["m"].verdict is Verdict.CONFIRMED
+
+
+@pytest.mark.parametrize(
+    ("method", "verdict"),
+    [(0.04, Verdict.OPEN), (0.06, Verdict.CONFIRMED), (-0.04, Verdict.OPEN), (-0.06, Verdict.CONTRADICTED)],
+)
+def test_a_certain_difference_that_is_too_small_to_count_is_open(method: float, verdict: Verdict) -> None:
+    luck = np.random.default_rng(3).normal(size=30)
+    scores = {"none": luck, "opt": luck, "m": luck + method}
+    found = judge(scores, ["m"], controls=("none", "opt"), smallest_effect=0.05)["m"]
+    assert found.verdict is verdict
+    assert found.to_nothing.value == pytest.approx(method)  # what is shown is the difference itself
+    small = judge(scores, ["m"], controls=("none", "opt"))["m"].verdict
+    assert small is (Verdict.CONFIRMED if method > 0 else Verdict.CONTRADICTED)
+
+
+def test_what_is_worse_has_no_small_p_of_being_better() -> None:
+    luck = np.random.default_rng(3).normal(size=30)
+    found = judge({"none": luck, "opt": luck, "m": luck - 1}, ["m"], controls=("none", "opt"))["m"]
+    assert found.p_value == 1
 
 
 def test_many_methods_make_a_verdict_harder_to_get() -> None:
@@ -128,8 +148,8 @@ def test_many_methods_make_a_verdict_harder_to_get() -> None:
     luck = generator.normal(size=30)
     scores = {"none": none, "opt": opt, "m": 0.45 + (luck - luck.mean()) / luck.std()}
     many = {f"other {n}": generator.normal(size=30) for n in range(12)}
-    alone = judge(scores, ["m"], nothing="none", optimizer="opt")["m"]
-    among = judge({**scores, **many}, ["m", *many], nothing="none", optimizer="opt")["m"]
+    alone = judge(scores, ["m"], controls=("none", "opt"))["m"]
+    among = judge({**scores, **many}, ["m", *many], controls=("none", "opt"))["m"]
     assert alone.p_value < among.p_value
     assert (alone.verdict, among.verdict) == (Verdict.CONFIRMED, Verdict.OPEN)
 

@@ -59,11 +59,11 @@ def test_a_file_of_another_run_is_not_taken_for_the_result(tmp_path: Path) -> No
     one, other, results = Noting("a"), Noting(str(tmp_path / "notes")), Results(tmp_path)
     results.path(one, 0).write_text(json.dumps({"settings": {}, "seed": 0, "provenance": {}, "outcome": {}}))
     with pytest.raises(SettingsError, match="a file that is none: delete"):
-        results.read(one, 0)
+        results.of(Job(one, (0,)))
     sweep([Job(other, (0,))], results, InProcess())
     results.path(one, 0).write_bytes(results.path(other, 0).read_bytes())
     with pytest.raises(SettingsError, match="found another run: delete"):
-        results.read(one, 0)
+        results.of(Job(one, (0,)))
 
 
 @pytest.fixture(params=["in process", "processes"])
