@@ -192,6 +192,8 @@ class Seen:
     """Those of some updates."""
     probed: TensorDict | None = None
     """Episodes to measure activations on, for criteria that look at them."""
+    sites: surgery.Sites | None = None
+    """The operable sites where they are known, as finding them takes as long as operating; None: they are found."""
 
 
 def operate_on_units(
@@ -206,7 +208,7 @@ def operate_on_units(
     """
     generator = torch.Generator().manual_seed(seed)
     try:
-        sites = _sites_for(learner, settings)
+        sites = _sites_for(learner, settings, seen.sites)
         evidence, criterion = _evidence(learner, sites, seen), _criterion(settings, sites)
         if is_shuffled:
             criterion = _shuffled(criterion, sites, evidence, generator)
@@ -277,6 +279,8 @@ class FrozenRows:
 def frozen_rows(networks: nn.Module) -> dict[str, FrozenRows]:
     """The frozen members of all composite units, by site; only sites that have some."""
     state, found = networks.state_dict(), {}
+    if not any(".composite." in name for name in state):
+        return {}
     for site, members in surgery.composites(networks).members.items():
         num_rows = len(members)
         found[site] = FrozenRows(
@@ -404,15 +408,16 @@ def _of_parts(sites: surgery.Sites, *parts: str) -> surgery.Sites:
     return sites.subset(name for name in sites if name.startswith(prefixes))
 
 
-def _sites_for(learner: Learner, settings: SurgerySettings) -> surgery.Sites:
-    """The sites that a method chooses units from; none for methods of whole layers.
+def _sites_for(learner: Learner, settings: SurgerySettings, known: surgery.Sites | None = None) -> surgery.Sites:
+    """The sites that a method chooses units from, of those that are known; none for methods of whole layers.
 
     Raises:
         SettingsError: there are none.
     """
     if settings.method in LAYER_METHODS:
         return surgery.Sites({})
-    sites, parts = operable_sites(learner, *settings.parts), " and ".join(settings.parts)
+    parts = " and ".join(settings.parts)
+    sites = operable_sites(learner, *settings.parts) if known is None else _of_parts(known, *settings.parts)
     if not sites:
         raise SettingsError(
             f"{settings.method} is to operate on {parts}, which have no hidden units of their own: choose other parts "
@@ -421,14 +426,14 @@ def _sites_for(learner: Learner, settings: SurgerySettings) -> surgery.Sites:
     if settings.method in BANK_METHODS:
         return sites
     consumers = surgery.consumers(learner.online)
-    known = sites.subset(site for site in sites if site in consumers.readers)
-    if not known:
+    written = sites.subset(site for site in sites if site in consumers.readers)
+    if not written:
         reasons = "; ".join(f"{site}: {consumers.declined[site]}" for site in sites)
         raise SettingsError(
             f"{settings.method} writes the outgoing weights of units, which are known of none in {parts} ({reasons}): "
             "choose other parts, or knife, which leaves them alone"
         )
-    return known
+    return written
 
 
 def _criterion(settings: SurgerySettings, sites: surgery.Sites) -> surgery.Criterion:

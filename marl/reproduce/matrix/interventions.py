@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from marl.errors import SettingsError
 from marl.learner import Learner
 from marl.reproduce.matrix.units import Lack
 from marl.run_settings import SurgerySettings
-from marl.surgery import Norms, Seen, frozen_rows, operate_on_layers, operate_on_units
+from marl.surgery import Seen, frozen_rows, operate_on_layers, operate_on_units
 
 __all__ = ["Intervention", "Layers", "NOTHING", "Occasion", "Units"]
 
@@ -95,10 +94,10 @@ class Units:
         """Whether units are chosen by what they hand on, not by the norms of gradients."""
         return self.settings.criterion in ("dormant", "grama")
 
-    def act(self, learner: Learner, norms: Sequence[Norms], games: TensorDict, seed: int) -> int:
+    def act(self, learner: Learner, seen: Seen, seed: int) -> int:
         """Operate; returns on how many units."""
         before = _moments(learner)
-        seen = Seen(norms, games if self.needs_activations else None)
+        seen = seen if self.needs_activations else replace(seen, probed=None)
         operated = operate_on_units(learner, self.settings, seen, seed=seed, is_shuffled=self.is_shuffled)
         if self.state != "fresh":
             _write_moments(learner, operated, before, keeps=self.state == "kept")

@@ -18,7 +18,7 @@ from marl.reproduce.matrix.outcomes import measure
 from marl.reproduce.matrix.seeds import Seeds, norms_of
 from marl.reproduce.matrix.tasks import Draws, Tasks, TaskSettings, draw, make_tasks
 from marl.seeding import seed_for
-from marl.surgery import Norms, unit_shares_of_norms
+from marl.surgery import Norms, Seen, unit_shares_of_norms
 
 __all__ = ["MatrixRun"]
 
@@ -137,8 +137,8 @@ class _Running:
         act, games = self.settings.intervention.act, self.games
         assert isinstance(act, Units) and games is not None
         own = episodes_of(*(each[seed] for each in games))
-        norms = norms_of(self.norms, seed)
-        self.num_units[seed] += act.act(learner, norms, own, seed_for(self.numbers[seed], "surgery", drawn))
+        seen = Seen(norms_of(self.norms, seed), own, self.seeds.sites)
+        self.num_units[seed] += act.act(learner, seen, seed_for(self.numbers[seed], "surgery", drawn))
 
     def _look(self, task: int, number: int) -> None:
         found = measure(self.seeds, self.tasks, task)

@@ -292,7 +292,7 @@ def test_what_the_optimizer_knows_of_new_rows_can_be_chosen(state: str) -> None:
     moments = learner.optimizer.state[learner.online.get_parameter("agent.encoder.0.weight")]["square_avg"]
     before = moments.clone()
     units = Units(replace(KNIFE, criterion="all", parts=("agent",)), state=state)  # type: ignore[arg-type]
-    units.act(learner, [], episodes_of(obs[0], actions[0], reward[0]), seed=0)
+    units.act(learner, Seen(probed=episodes_of(obs[0], actions[0], reward[0])), seed=0)
     after = learner.optimizer.state[learner.online.get_parameter("agent.encoder.0.weight")]["square_avg"]
     expected = before if state == "kept" else before.amax(0).expand_as(before)
     torch.testing.assert_close(after, expected)
@@ -302,7 +302,7 @@ def test_without_renewal_the_active_member_begins_as_the_unit_was() -> None:
     learner = make_one(SMALL, OBS_SIZE, 0)
     before = {name: value.detach().clone() for name, value in learner.online.named_parameters()}
     obs, actions, reward = games(1)
-    Units(KNIFE, lack="renewal").act(learner, [], episodes_of(obs[0], actions[0], reward[0]), seed=0)
+    Units(KNIFE, lack="renewal").act(learner, Seen(probed=episodes_of(obs[0], actions[0], reward[0])), seed=0)
     assert "agent.encoder.0.composite.frozen_weight" in learner.online.state_dict()
     for name, value in learner.online.named_parameters():
         torch.testing.assert_close(value, before[name])
