@@ -21,7 +21,7 @@ from marl.reproduce.figures.arms import (
     tasks_of,
 )
 from marl.reproduce.figures.figure import Asked, Figure, Panel
-from marl.reproduce.figures.tuning import tuned
+from marl.reproduce.figures.tuning import METHODS, tuned
 from marl.reproduce.matrix.runs import MatrixRun
 from marl.reproduce.matrix.tasks import TaskSettings
 from marl.reproduce.results import Job, Results
@@ -29,6 +29,7 @@ from marl.reproduce.results import Job, Results
 __all__ = ["FIGURE1", "compared"]
 
 WIDE = "as wide as KNIFE's"
+OF_PROTOTYPES = "of prototypes: the grid was not run"
 
 
 def panels(asked: Asked, files: Results) -> list[Panel]:
@@ -44,25 +45,29 @@ def panels(asked: Asked, files: Results) -> list[Panel]:
 def compared(name: str, asked: Asked, tasks: TaskSettings, files: Results, **learner: Any) -> Panel:
     """All controls, the paper's reading and the best setting, on one sequence."""
     base = base_of(asked, tasks, **learner)
-    best, source = tuned(asked, tasks, files)
+    best = {method: tuned(asked, tasks, files, method) for method in METHODS}
     done = {
         **{arm: scaled(asked, each) for arm, each in CONTROLS.items()},
         "KNIFE, the paper's reading": scaled(asked, PAPER),
-        "KNIFE, best setting": best,
+        "KNIFE, best setting": best["KNIFE"][0],
         "KNIFE, as many at random": shuffled(scaled(asked, PAPER)),
         "fade to fresh, agents": scaled(asked, FADE_TO_FRESH),
+        **{f"{method}, best setting": each for method, (each, source) in best.items() if source},
     }
     arms: dict[str, MatrixRun] = {arm: replace(base, intervention=each) for arm, each in done.items()}
     arms["leaky ReLU"] = replace(base, learner=replace(base.learner, activation_fn="leaky_relu"))
     wide = _wide(base, arms["KNIFE, the paper's reading"], asked.seeds, files)
-    missing = {} if wide else {WIDE: "KNIFE's own runs are not done"}
-    if wide:
+    missing = {f"{each}, best setting": "the grid was not run" for each in METHODS[1:] if not best[each][1]}
+    if not wide:
+        missing[WIDE] = "KNIFE's own runs are not done"
+    else:
         arms[WIDE] = wide
     if tasks.does_reset_optimizer:
         # The sequence does that itself: none and a reset are one.
         arms["optimizer reset"] = arms["none"]
-    notes = [*same_controls(tasks), f"KNIFE, best setting: {source}."]
-    return Panel(name, arms, measures_of(tasks.kind), missing, notes)
+    sources = [(method, each, source or OF_PROTOTYPES) for method, (each, source) in best.items()]
+    found = [f"{method}, best setting: {each} ({source})." for method, each, source in sources]
+    return Panel(name, arms, measures_of(tasks.kind), missing, [*same_controls(tasks), *found])
 
 
 def _wide(base: MatrixRun, knife: MatrixRun, seeds: Sequence[int], files: Results) -> MatrixRun | None:

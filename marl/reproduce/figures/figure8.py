@@ -5,6 +5,7 @@ from __future__ import annotations
 from marl.reproduce.figures.arms import tasks_of
 from marl.reproduce.figures.figure import Asked, Figure, Panel
 from marl.reproduce.figures.figure1 import compared
+from marl.reproduce.figures.tuning import METHODS
 from marl.reproduce.results import Results
 from marl.settings import Algorithm
 
@@ -33,8 +34,8 @@ def panels(asked: Asked, files: Results) -> list[Panel]:
 
 def _fewer(panel: Panel) -> Panel:
     arms = {name: panel.arms[name] for name in ARMS}
-    notes = [*panel.notes, "Other controls are in figure 1."]
-    return Panel(panel.name, arms, panel.measures, {}, notes)
+    notes = [note for note in panel.notes if not note.startswith(METHODS[1:])]  # of arms that are left out
+    return Panel(panel.name, arms, panel.measures, {}, [*notes, "Other controls are in figure 1."])
 
 
 FIGURE8 = Figure("figure8", "KNIFE works for QPLEX and for QMIX.", panels)

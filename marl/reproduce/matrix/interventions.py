@@ -120,6 +120,23 @@ class Intervention:
         """The members that composites are without."""
         return self.act.lacking_member if isinstance(self.act, Units) else "nothing"
 
+    def __str__(self) -> str:
+        """With all that a reader would ask for.
+
+        >>> print(Intervention(Layers("scale_head", ("agent.head",), 0.1), Occasion(100)))
+        scale_head agent.head, factor 0.1, after 100 updates
+        """
+        act = self.act
+        words = [self.name]
+        if isinstance(act, Layers) and act.factor is not None:
+            words.append(f"factor {act.factor:g}")
+        if isinstance(act, Units):
+            retire = act.settings.retire
+            words += [" and ".join(act.settings.parts), "for good" if retire is None else f"retired over {retire}"]
+            words += ["as many at random"] * act.is_shuffled + [f"state {act.state}"] * (act.state != "fresh")
+        when = f"after {self.when.after} updates" if self.when.after else "at the switch"
+        return ", ".join([*words, when + (f" and each {self.when.every}" if self.when.every else "")])
+
     @property
     def name(self) -> str:
         """In a few words, for the names of files.

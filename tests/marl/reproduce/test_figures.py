@@ -20,12 +20,14 @@ from marl.reproduce.figures import figure1, registry, tuning
 from marl.reproduce.figures.arms import CONTROLS, FRESH, measures_of, tasks_of
 from marl.reproduce.figures.figure import Asked, Figure, Measure, Panel, scores_of
 from marl.reproduce.figures.registry import FIGURES, figures_of
-from marl.reproduce.figures.tuning import grid, ranked, tuned, tuning_jobs
+from marl.reproduce.figures.tuning import METHODS, Method, grid, ranked, tuned, tuning_jobs
+from marl.reproduce.matrix.interventions import Intervention, Layers
 from marl.reproduce.matrix.runs import MatrixRun
 from marl.reproduce.matrix.tasks import TaskSettings
 from marl.reproduce.reproducing import Reproducing, reproduce
 from marl.reproduce.results import Job, Provenance, Result, Results, Work, settings_of
 from marl.reproduce.sweep import sweep
+from marl.run_settings import SurgerySettings
 
 SMOKE = Asked.of("smoke")
 HERE = Provenance("1.0", "abc")
@@ -91,7 +93,8 @@ def test_figure_1_compares_with_all_controls() -> None:
     for panel in (literal, contextual, reset):
         assert set(CONTROLS) < set(panel.arms)
         assert {"leaky ReLU", "KNIFE, as many at random", "fade to fresh, agents"} < set(panel.arms)
-        assert list(panel.missing) == ["as wide as KNIFE's"]
+        untuned = ["fade to fresh, best setting", "head scaled, best setting"]
+        assert list(panel.missing) == [*untuned, "as wide as KNIFE's"]
     assert [len(set(panel.arms.values())) for panel in (literal, contextual, reset)] == [11, 11, 10]
 
 
@@ -244,10 +247,16 @@ def test_all_figures_run_at_the_smallest_scale(name: str, tmp_path: Path) -> Non
 # -- tuning
 
 
-def test_the_grid_is_the_open_one_and_its_settings_differ() -> None:
-    found = grid(Asked.of("paper"))
-    assert len(found) == len(set(found)) == 3 * 3 * 4 * 3 * 3
-    assert set(grid(Asked.of("small"))) < set(found)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_are_tuned_in_equally_many_settings_that_differ(method: Method) -> None:
+    for scale, size in (("smoke", 2), ("small", 8), ("paper", 3 * 3 * 4 * 3 * 3)):
+        found = grid(Asked.of(scale), method)
+        assert len(found) == len(set(found)) == size
+        assert len({str(each) for each in found}) == size  # and a reader can tell them apart
+
+
+def test_the_small_grid_of_knife_is_a_part_of_the_open_one() -> None:
+    assert set(grid(Asked.of("small"), "KNIFE")) < set(grid(Asked.of("paper"), "KNIFE"))
 
 
 def test_the_best_of_the_second_round_is_taken_and_only_when_all_is_there(
@@ -258,35 +267,50 @@ def test_the_best_of_the_second_round_is_taken_and_only_when_all_is_there(
     monkeypatch.setitem(tuning.ALL_SEEDS, "small", 3)
     asked, files = Asked.of("small"), Results(tmp_path)
     tasks = tasks_of(asked, "literal")
-    assert ranked(asked, tasks, files) == []
-    assert "of the prototypes" in tuned(asked, tasks, files)[1]
+    assert ranked(asked, tasks, files, "KNIFE") == []
+    assert tuned(asked, tasks, files, "KNIFE")[1] is None
     first = of_literal(tuning_jobs(asked, files))
     assert {seed for job in first for seed in job.seeds} == {0, 1}
     sweep(first, files, InProcess())
-    assert ranked(asked, tasks, files) == []
+    assert ranked(asked, tasks, files, "KNIFE") == []
     second = of_literal(tuning_jobs(asked, files))
     late = [job for job in second if job not in first]
     assert {seed for job in late for seed in job.seeds} == {2}
-    assert len(late) == 108 / 4 + 1  # and what errors are relative to
+    assert len(late) == 3 * 8 / 4 + 1  # and what errors are relative to
     sweep(second, files, InProcess())
-    best, source = tuned(asked, tasks, files)
-    assert source == "best of 108, tuned on seeds 0 to 2"
-    assert best.act is not None and best.when.after == 50 and score_of(best) == max(map(score_of, grid(asked)))
+    for method in METHODS:
+        best, source = tuned(asked, tasks, files, method)
+        assert source == "best of 8, tuned on seeds 0 to 2"
+        assert best in grid(asked, method) and score_of(best) == max(map(score_of, grid(asked, method)))
+    arms = figure1.compared("a", asked, tasks, files).arms
+    assert {f"{method}, best setting" for method in METHODS} < set(arms)
+
+
+def test_tuning_on_fewer_tasks_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MatrixRun, "run", pretended)
+    asked, files = Asked.of("small"), Results(tmp_path)
+    tasks = tasks_of(asked, "contextual")
+    for _ in range(2):
+        sweep(tuning_jobs(asked, files), files, InProcess())
+    assert str(tuned(asked, tasks, files, "KNIFE")[1]).endswith("tuned on seeds 0 to 31, the first 20 tasks")
 
 
 def of_literal(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if isinstance(job.work, MatrixRun) and job.work.tasks.kind == "literal"]
 
 
-def score_of(intervention: Any) -> float:
-    """Made up: one time is best, and of these one duration of the fade."""
+PLAIN = SurgerySettings()
+
+
+def score_of(intervention: Intervention) -> float:
+    """Made up: one time is best, and of these one duration of the fade, or factor."""
     act = intervention.act
-    settings = getattr(act, "settings", None)
-    return float(intervention.when.after == 50) + 0.1 * (getattr(settings, "retire", None) == 100)
+    is_best = act.factor == 0.03 if isinstance(act, Layers) else getattr(act, "settings", PLAIN).retire == 300
+    return float(intervention.when.after == 100) + 0.1 * is_best
 
 
 def pretended(self: MatrixRun, seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-    return [made_up(score_of(self.intervention)) for _ in seeds]
+    return [made_up(1 + score_of(self.intervention)) for _ in seeds]
 
 
 def test_a_sequence_that_is_none_is_refused() -> None:
