@@ -15,7 +15,7 @@ from marl.environments.protocol import Clock
 from marl.errors import ActionError, SettingsError
 from tests.marl.environments.playing import uniform_actions
 
-LARGE = {"predator_prey_m", "predator_prey_l"}
+LARGE = {"predator_prey_m", "predator_prey_l", "smacv2", "smac"}
 SHORT: dict[str, dict[str, Any]] = {name: {"episode_limit": 6} for name in ENVIRONMENTS if "predator" in name}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, SHORT.get(name, {})) for name in ENVIRONMENTS if name not in LARGE),
