@@ -63,8 +63,8 @@ def serve(connection: Connection, client: str, arguments: Mapping[str, Any]) -> 
     """Answer requests until the other end closes.
 
     `client` is a class as `module:name`, made with the arguments. Requests are ("info",), ("begin", seed) and ("step",
-    actions); replies ("done", value), ("broken", why), after which nobody should ask again, or, for what another process
-    could not do either, ("refused", why) and ("missing", module).
+    actions); replies ("done", value), ("broken", why), after which nobody should ask again, or, for what no other
+    process could do, ("refused", why) and ("missing", module).
     """
     if os.name == "posix":
         os.setsid()  # so that whoever ends this process can end its StarCraft with it
@@ -98,7 +98,7 @@ def _answer(answer: Callable[..., object], *values: object) -> tuple[str, object
 def described(error: BaseException) -> str:
     """What an error says, on one line.
 
-    >>> described(ValueError("no\\n  map"))
+    >>> described(ValueError("no    map"))
     'ValueError: no map'
     """
     return " ".join(f"{type(error).__name__}: {error}".split())

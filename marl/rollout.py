@@ -18,8 +18,8 @@ def collect(environment: Environment, agent: Agent, *, epsilon: float, seed: int
     """B episodes from start to end, laid out as in `marl.replay` and padded to the longest that there can be.
 
     `epsilon` is the share of random actions. Where episodes can be won, or games can break, there are the entries "won"
-    and "broken" (B,), bool; they are about whole episodes, and none of the replay's. What happens depends on the agents and the seed only, so that a run
-    which was stopped between two rollouts goes on as if it had not been.
+    and "broken" (B,), bool; they are about whole episodes, and none of the replay's. What happens depends on the agents
+    and the seed only, so that a run which was stopped between two rollouts goes on as if it had not been.
 
     >>> from marl.agents import AgentInputs, FeedForwardAgent
     >>> from marl.environments import make_environment

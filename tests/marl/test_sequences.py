@@ -256,8 +256,9 @@ def assert_same_curves(killed: Path, whole: Run, *, folder: Path) -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_sequences_by_name_are_games_that_one_set_of_networks_can_play(name: str) -> None:
     tasks = SEQUENCES[name].tasks
-    if tasks[0].environment == "smax" and find_spec("jaxmarl") is None:
-        pytest.skip("needs the extra smax")
+    package = {"smax": "jaxmarl", "smacv2": "smacv2", "smac": "smac"}.get(tasks[0].environment)
+    if package and find_spec(package) is None:
+        pytest.skip(f"needs {package}")
     settings = configure({"algorithm": "qmix", "tasks": name})
     assert settings.tasks == TaskSequence(tasks)
     assert (tasks[-1].name == tasks[0].name) and len(settings.tasks.games) == max(1, len(tasks) - 1)
