@@ -58,7 +58,7 @@ docs: .venv/.installed-docs
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("python3 is %s, 3.10 or newer is needed: make PYTHON=/path/to/python ..." % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0 numpy
-	$(BIN)/pip install -q -e '.[demo,dev,marl,training,zoo]'
+	$(BIN)/pip install -q -e '.[demo,dev,marl,smax,training,zoo]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed

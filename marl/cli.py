@@ -51,7 +51,7 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="What is done to worn-out units, as knife; none only measures.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="pymarl, reborn or pymarl2.")] = None,
+    preset: Annotated[str | None, typer.Option(help="pymarl, reborn, pymarl2 or smacv2.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the environment, in each task.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all random numbers.")] = None,
     settings: Annotated[Path | None, typer.Option(help="A YAML file; it goes over the preset.")] = None,

@@ -14,6 +14,7 @@ from marl.errors import SettingsError
 from marl.settings import Algorithm, PresetName, Settings, preset
 
 __all__ = [
+    "BANK_METHODS",
     "CRITERIA",
     "LAYER_METHODS",
     "METHODS",
@@ -26,7 +27,9 @@ __all__ = [
     "run_settings",
 ]
 
-UNIT_METHODS = ("knife", "redo", "regrama", "reborn")
+BANK_METHODS = ("knife", "fade_to_fresh")
+"""Methods of units that leave frozen rows, and the outgoing weights alone."""
+UNIT_METHODS = (*BANK_METHODS, "redo", "regrama", "reborn")
 LAYER_METHODS = ("reset", "reset_optimizer", "shrink_and_perturb")
 METHODS = ("none", *UNIT_METHODS, *LAYER_METHODS)
 CRITERIA = ("stagnant", "dormant", "grama", "lowest", "random", "all")
@@ -126,9 +129,9 @@ class SurgerySettings:
     max_share: float | None = None
     """The largest share of a layer's units in one operation; none: no bound."""
     max_growth: float = 4.0
-    """Frozen rows that a layer may have, in multiples of its width; of `knife` alone."""
+    """Frozen rows that a layer may have, in multiples of its width; of methods that leave them."""
     retire: int | None = None
-    """Updates over which frozen members fade away; none: they stay, as in the paper."""
+    """Updates over which frozen members fade away; none: they stay, as in the paper. `fade_to_fresh` needs it."""
 
     def __post_init__(self) -> None:
         _require_choice("method", self.method, METHODS)
@@ -139,8 +142,12 @@ class SurgerySettings:
             value = getattr(self, name)
             if value is not None:
                 _require_at_least(1, name, value)
-        if self.retire is not None and self.method != "knife":
-            raise SettingsError(f"retire is {self.retire}, and only knife leaves anything to retire: unset it")
+        if self.retire is not None and self.method not in BANK_METHODS:
+            raise SettingsError(
+                f"retire is {self.retire}, and only {' and '.join(BANK_METHODS)} leave anything to retire: unset it"
+            )
+        if self.retire is None and self.method == "fade_to_fresh":
+            raise SettingsError("fade_to_fresh needs the number of updates over which units fade in: set retire")
         if self.layers and self.method not in LAYER_METHODS:
             raise SettingsError(f"layers are for {', '.join(LAYER_METHODS)}; {self.method} chooses units: set parts")
         if self.method != "none" and self.every is None and self.after_task_change is None:

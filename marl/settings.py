@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Algorithm = Literal["vdn", "qmix", "qplex"]
-PresetName = Literal["pymarl", "reborn", "pymarl2"]
+PresetName = Literal["pymarl", "reborn", "pymarl2", "smacv2"]
 
 
 def preset(name: PresetName, algorithm: Algorithm) -> Settings:
@@ -42,6 +42,7 @@ def preset(name: PresetName, algorithm: Algorithm) -> Settings:
     - `pymarl`: PyMARL (Samvelyan et al. 2019) and, for QPLEX, its authors' code for SMAC (Wang et al. 2021).
     - `reborn`: ReBorn (Qin et al. 2024): two input layers, 64 mixing units, QPLEX with TD(0.6).
     - `pymarl2`: the fine-tuned PyMARL2 (Hu et al. 2021): Adam, TD(0.6), 128 episodes for an update.
+    - `smacv2`: the same with TD(0.4), as SMACv2's authors ran QMIX (Ellis et al. 2023); of QMIX alone.
 
     Raises:
         SettingsError: an unknown name.
@@ -276,4 +277,6 @@ PYMARL2 = {
     "qplex": replace(FINE_TUNED, mixer=QPLEXSettings(adversary_layers=2)),
 }
 
-PRESETS = {"pymarl": PYMARL, "reborn": REBORN, "pymarl2": PYMARL2}
+SMACV2 = {"qmix": replace(PYMARL2["qmix"], loss=LossSettings(td_lambda=0.4, scale=0.5))}
+
+PRESETS = {"pymarl": PYMARL, "reborn": REBORN, "pymarl2": PYMARL2, "smacv2": SMACV2}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
-from marl.run_settings import LAYER_METHODS, SurgerySettings
+from marl.run_settings import BANK_METHODS, LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
 __all__ = ["Operations", "load_learner", "operable_sites", "reset_optimizer", "unit_shares"]
@@ -36,6 +36,7 @@ Done = surgery.Report | surgery.LayerReport | surgery.Plan
 
 METHODS: dict[str, Callable[..., Any]] = {
     "knife": surgery.knife,
+    "fade_to_fresh": surgery.fade_to_fresh,
     "redo": surgery.redo,
     "regrama": surgery.regrama,
     "reborn": surgery.reborn,
@@ -105,7 +106,7 @@ class Operations:
             "max_share": settings.max_share,
             "weights": lambda site, _: sample_weights(self._batch, site),
         }
-        if settings.method == "knife":
+        if settings.method in BANK_METHODS:
             options |= {"max_growth": settings.max_growth, "mirrors": self._learner.target}
             options |= {} if settings.retire is None else {"retire": settings.retire}
         return options
@@ -252,7 +253,7 @@ def _sites_for(learner: Learner, settings: SurgerySettings) -> surgery.Sites:
             f"{settings.method} is to operate on {parts}, which have no hidden units of their own: choose other parts "
             "or another mixer"
         )
-    if settings.method == "knife":
+    if settings.method in BANK_METHODS:
         return sites
     consumers = surgery.consumers(learner.online)
     known = sites.subset(site for site in sites if site in consumers.readers)

@@ -15,6 +15,7 @@ from neuronsurgery.composites import Composites
 from neuronsurgery.consolidations import Consolidation
 from neuronsurgery.consumers import Consumers
 from neuronsurgery.evidence import Evidence, Quantity
+from neuronsurgery.flattenings import Flattening
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.mirrors import MirrorReport
 from neuronsurgery.plans import Plan
@@ -69,8 +70,8 @@ class Watch(Protocol):
     def pooled(self) -> Evidence:
         """What was measured, of all replicas together."""
 
-    def agreed(self, value: Any) -> float:
-        """A value as a number, on which all replicas agree."""
+    def agreed(self, value: Any) -> float | None:
+        """A value as a number, on which all replicas agree; None where none of them has one."""
 
     def ages(self) -> Mapping[str, Mapping[int, int]]:
         """As `Backend.ages`, of the sites watched."""
@@ -130,6 +131,21 @@ class Backend(Protocol):
     def seed(self, model: Any, generator: Any) -> int:
         """The seed for random choices before the next operation."""
 
+    def replicated(self, model: Any, group: Any = None) -> Any:
+        """A model as one that the processes of a group hold replicas of."""
+
+    def is_shared(self, model: Any) -> bool:
+        """Whether what is done to a model concerns other processes as well."""
+
+    def together(self, model: Any) -> AbstractContextManager[None]:
+        """A block that all processes that hold a model do, or none of them; a model that nothing wraps is alone."""
+
+    def pooled(self, model: Any, evidence: Evidence, needs: Collection[Quantity] = frozenset(Quantity)) -> Evidence:
+        """What all processes that hold a model measured of it."""
+
+    def agreed_units(self, point: str, units: Mapping[str, Sequence[int]]) -> Mapping[str, tuple[int, ...]]:
+        """In such a block the units that the first process chose, elsewhere these."""
+
     def operate(
         self,
         model: Any,
@@ -140,8 +156,9 @@ class Backend(Protocol):
         init: Any = None,
         verify: Any = None,
         generator: Any = None,
+        method: str = "knife",
     ) -> Report:
-        """Carry out a plan, all of it or nothing."""
+        """Carry out a plan, all of it or nothing; the other method that leaves frozen rows is `fade_to_fresh`."""
 
     def consumers(self, model: Any, *, include: Collection[str] = ()) -> Consumers:
         """Which layers read the units of each site."""
@@ -273,12 +290,22 @@ class Backend(Protocol):
         """An optimizer that spares useful weights."""
 
     def consolidate(
-        self, model: Any, *, mirrors: Any = (), optimizer: Any = None, batches: Any = None, tolerance: float = 1e-3
+        self,
+        model: Any,
+        *,
+        mirrors: Any = (),
+        optimizer: Any = None,
+        batches: Any = None,
+        tolerance: float = 1e-3,
+        max_rows: int | None = None,
     ) -> Consolidation:
         """Take frozen rows that contribute nothing out of a model and its mirrors, all of them or none."""
 
-    def undo(self, model: Any, report: Report, *, optimizer: Any = None) -> Report:
-        """Put the old weights of an operation's units back."""
+    def flatten(self, model: Any, *, verify: Any = None) -> Flattening:
+        """Make a model plain and wider where its banks allow."""
+
+    def undo(self, model: Any, operation: Report | int | None = None, *, optimizer: Any = None) -> Report:
+        """Put the old weights of an operation's units back: a report's, one of that number, or the last."""
 
     def watch(
         self,

@@ -17,7 +17,9 @@ from neuronsurgery.values import Value
 
 __all__ = ["About", "Check", "Problem"]
 
-About = Literal["optimizer", "step hooks", "ages", "frozen rows", "bank", "active members", "not finite", "mirror"]
+About = Literal[
+    "optimizer", "step hooks", "ages", "frozen rows", "bank", "active members", "not finite", "mirror", "replica"
+]
 """What a problem concerns."""
 
 

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from neuronsurgery.tables import counted, render
 from neuronsurgery.values import Value
 
-__all__ = ["Composites", "Layout", "Member", "Rows", "room_for"]
+__all__ = ["NOT_COUNTED", "Composites", "Layout", "Member", "Rows", "as_births", "as_steps", "room_for"]
 
 Integers = NDArray[np.int64]
 KNOWLEDGE, COMPENSATION = 1, -1
+NOT_COUNTED = -1
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Member(Value):
     operation: int
     """The operation that made it."""
     births: tuple[int, ...]
-    """The optimizer step of each row-wise parameter (weight, bias ...) at that operation; -1: not counted."""
+    """The optimizer step of each row-wise parameter (weight, bias ...) at that operation; -1: not counted.
+
+    Below that -1 - k: k steps before its owner began to count anew.
+    """
     retire: int = 0
     """Over how many optimizer steps it fades to zero; 0: it stays."""
 
@@ -69,6 +73,15 @@ class Composites(Value):
         """How many frozen rows the model holds."""
         return sum(map(len, self.members.values()))
 
+    @property
+    def operations(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """The number of each operation of which there are rows -> site name -> its units, ascending: see `undo`."""
+        found: dict[int, dict[str, tuple[int, ...]]] = {}
+        for site, members in self.members.items():
+            for operation, unit in sorted({(member.operation, member.unit) for member in members}):
+                found.setdefault(operation, {})[site] = (*found.get(operation, {}).get(site, ()), unit)
+        return dict(sorted(found.items()))
+
     def __str__(self) -> str:
         title = f"{counted(self.num_units, 'composite unit')}, {counted(self.num_rows, 'frozen row')}"
         columns = ("site", "composite units", "frozen rows", "operations", "most on one unit")
@@ -85,7 +98,8 @@ class Rows:
     """The frozen rows of a bank, in the order in which they were added; all arrays int64 of shape (num_rows,).
 
     `births` is (num_rows, num_parameters): the optimizer step of each row-wise parameter (weight, bias ...) when the
-    slot was renewed, -1 where no optimizer was given. `retire`: over how many steps a row fades to zero, 0: it stays.
+    slot was renewed, -1 where no optimizer was given; `as_births` says what others below zero are. `retire`: over how
+    many steps a row fades to zero, 0: it stays.
 
     Example:
         >>> rows = Rows.empty(num_parameters=2).extended([3], operation=1, births=[[7, 7]])
@@ -123,6 +137,27 @@ class Rows:
             np.concatenate([self.retire, retire * ones, retire * ones]),
         )
 
+    def forgetting(self, units: Sequence[int], operation: int, retire: int) -> tuple[Rows, NDArray[np.bool_]]:
+        """These rows, all of those of some units there for a time only, and a mask of what the units knew.
+
+        That is all but the compensation of an operation: what came before it, and what it made of that.
+
+        Example:
+            >>> rows = Rows.empty(1).extended([1], operation=1, births=[[0]]).extended([1], operation=2, births=[[5]])
+            >>> rows.forgetting([1], operation=2, retire=9)[1].tolist()     # knowledge and compensation by turns
+            [True, True, True, False]
+        """
+        of_units = np.isin(self.unit, np.asarray(units, np.int64))
+        retires = np.where(of_units & (self.retire == 0), retire, self.retire)
+        known = of_units & ((self.operation != operation) | (self.sign == KNOWLEDGE))
+        return Rows(self.sign, self.unit, self.operation, self.births, retires), known
+
+    def paired(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """A mask without rows whose partner, of the same unit and operation, is not in it."""
+        kinds = np.stack([self.unit, self.operation], axis=1)
+        pair = np.unique(kinds, axis=0, return_inverse=True)[1].reshape(-1)
+        return np.asarray(mask & (np.bincount(pair, weights=mask) == np.bincount(pair))[pair])
+
     def of_operation(self, operation: int) -> NDArray[np.bool_]:
         """Mask of the rows that one operation added, shape (num_rows,)."""
         return np.asarray(self.operation == operation)
@@ -130,6 +165,11 @@ class Rows:
     def kept(self, mask: NDArray[np.bool_]) -> Rows:
         """The rows where the mask is true."""
         return Rows(self.sign[mask], self.unit[mask], self.operation[mask], self.births[mask], self.retire[mask])
+
+    def of_units(self, first: int, stop: int) -> Rows:
+        """The rows of units in a range, which is counted from its first."""
+        kept = self.kept((self.unit >= first) & (self.unit < stop))
+        return Rows(kept.sign, kept.unit - first, kept.operation, kept.births, kept.retire)
 
     @property
     def can_fade(self) -> bool:
@@ -186,8 +226,15 @@ class Rows:
 
     def fading_by(self, column: int) -> NDArray[np.bool_]:
         """Mask of the rows whose fade is counted by one parameter's owner: the first that counted at their birth."""
-        is_first = (self.births[:, column] >= 0) & (self.births[:, :column] < 0).all(axis=1)
+        counts = self.births != NOT_COUNTED
+        is_first = counts[:, column] & ~counts[:, :column].any(axis=1)
         return np.asarray((self.retire > 0) & is_first)
+
+    def steps(self, column: int) -> list[int | None]:
+        """When each row was born, in the count of one parameter's owner; None: not counted."""
+        births = self.births[:, column]
+        counted = zip(as_steps(births).tolist(), (births != NOT_COUNTED).tolist(), strict=True)
+        return [step if is_counted else None for step, is_counted in counted]
 
     def members(self) -> tuple[Member, ...]:
         """The rows one by one."""
@@ -267,6 +314,26 @@ class Rows:
         """The inverse of `encoded`."""
         sign, unit, operation = (table[:, column].copy() for column in range(3))
         return Rows(sign, unit, operation, table[:, 3:-1].copy(), table[:, -1].copy())
+
+
+def as_births(steps: Integers) -> Integers:
+    """Steps of a count as the births of rows; those before its beginning are negative, and make room for "not counted".
+
+    Example:
+        >>> as_births(np.array([7, 0, -1, -5])).tolist()
+        [7, 0, -2, -6]
+    """
+    return steps - (steps < 0)
+
+
+def as_steps(births: Integers) -> Integers:
+    """The inverse of `as_births`, of births that are counted.
+
+    Example:
+        >>> as_steps(np.array([7, 0, -2, -6])).tolist()
+        [7, 0, -1, -5]
+    """
+    return births + (births < NOT_COUNTED)
 
 
 def room_for(num_rows: int, num_units: int) -> int:

@@ -24,13 +24,15 @@ class Consolidated(Value):
     left: int
     """Rows that the bank still holds; at 0 there is no bank any more."""
     error: float
-    """By how much the site's activations moved: the exact part on random inputs, relative to the largest; or, of merged
-    rows, on the batches, root mean squares relative to each other, an upper bound."""
+    """By how much the site's activations moved: the exact part on random inputs, relative to the largest; or, on the
+    batches, root mean squares relative to each other, an upper bound of merged rows, with what distilling adds."""
+    distilled: int = 0
+    """Rows whose part the rows that are left have taken over as nearly as they can, down to `max_rows`."""
 
     @property
     def num_rows(self) -> int:
         """How many rows went."""
-        return self.retired + self.cancelled + self.merged
+        return self.retired + self.cancelled + self.merged + self.distilled
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Consolidation(Value):
     >>> report = Consolidation({"fc1": Consolidated(4, 2, 0, left=0, error=0.0)}, ({"fc1": 0.01},), 120, 90, None, ())
     >>> print(report)
     Consolidated 1 site: 6 frozen rows removed
-    | site | retired | cancelled | merged | rows left | activations moved |
-    |------|---------|-----------|--------|-----------|-------------------|
-    | fc1  |       4 |         2 |      0 |         0 |                 0 |
+    | site | retired | cancelled | merged | distilled | rows left | activations moved |
+    |------|---------|-----------|--------|-----------|-----------|-------------------|
+    | fc1  |       4 |         2 |      0 |         0 |         0 |                 0 |
     numbers: 120 before, 90 after
     mirror 0: activations moved by up to 0.01
     >>> report.num_rows, Consolidation.from_json(report.to_json()) == report
@@ -74,8 +76,10 @@ class Consolidation(Value):
 
     def __str__(self) -> str:
         title = f"Consolidated {counted(len(self.sites), 'site')}: {counted(self.num_rows, 'frozen row')} removed"
-        columns = ("site", "retired", "cancelled", "merged", "rows left", "activations moved")
-        rows = [(name, s.retired, s.cancelled, s.merged, s.left, s.error) for name, s in self.sites.items()]
+        columns = ("site", "retired", "cancelled", "merged", "distilled", "rows left", "activations moved")
+        rows = [
+            (name, s.retired, s.cancelled, s.merged, s.distilled, s.left, s.error) for name, s in self.sites.items()
+        ]
         return render(title, columns, rows, self._lines())
 
     def _lines(self) -> Iterator[str]:

@@ -16,6 +16,7 @@ The tree (the second parent is the built-in a Python user would expect):
     |-- StateError          RuntimeError   a saved state that does not fit, or that was cast or averaged
     |-- CheckError          RuntimeError   problems that surgery.check found, and that there must not be
     |-- MirrorError         ValueError     a target that does not fit the model, or follows it in another way
+    |-- DistributedError    RuntimeError   processes that hold one model failed, or did not do the same
     |-- FormatError         ValueError     text that is not the JSON of the value asked for
     `-- UntraceableError    RuntimeError   a forward that cannot be read soundly
 
@@ -82,6 +83,10 @@ class CheckError(SurgeryError, RuntimeError):
 
 class MirrorError(SurgeryError, ValueError):
     """A target that does not fit its model, or that follows it in a way that its frozen rows were not made for."""
+
+
+class DistributedError(SurgeryError, RuntimeError):
+    """An operation of several processes that failed on some, or that would have left them with different models."""
 
 
 class FormatError(SurgeryError, ValueError):

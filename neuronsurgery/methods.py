@@ -54,6 +54,15 @@ _ROWS = (
         defaults={"max_growth": 4.0, "cooldown": 100, "retire": None},
     ),
     Method(
+        name="fade_to_fresh",
+        changes="as knife with `retire=`, less the knowledge members: a unit falls silent, and a fresh one fades in",
+        preserves="no",
+        grows="two rows a unit, until they have retired",
+        needs_consumers=False,
+        source="control",
+        defaults={"max_growth": 4.0, "cooldown": 100},
+    ),
+    Method(
         name="redo",
         changes="the unit's incoming weights and bias, drawn anew; its outgoing weights, zero",
         preserves="no",

@@ -10,6 +10,9 @@ from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.tables import counted, grouped, render
 from neuronsurgery.values import Value
 
+WITH_BANKS = ("knife", "fade_to_fresh")
+"""The methods that leave frozen rows."""
+
 
 @dataclass(frozen=True)
 class Report(Value):
@@ -66,7 +69,7 @@ class Report(Value):
     @property
     def keeps_banks(self) -> bool:
         """Whether the method leaves frozen rows, and so an operation that can be undone."""
-        return self.method == "knife"
+        return self.method in WITH_BANKS
 
     @property
     def max_error(self) -> float:
@@ -76,6 +79,7 @@ class Report(Value):
     def __str__(self) -> str:
         units = counted(self.num_units, "unit")
         label = f"Operation {self.operation}" if self.keeps_banks else self.method
+        label += f" ({self.method})" if self.keeps_banks and self.method != "knife" else ""
         title = f"{label}: {units} operated on, chosen by {self.plan.criterion}"
         columns = ("site", "activation_fn", "units operated / units", "frozen rows after", "relative error")
         return render(title, columns, map(self._row, self.operated), self._lines())

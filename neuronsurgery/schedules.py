@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -22,6 +23,7 @@ from neuronsurgery.plans import MAX_GROWTH, Plan, plan
 from neuronsurgery.reports import Report
 from neuronsurgery.scores import score
 from neuronsurgery.selection import Selection, capped, select
+from neuronsurgery.stepping import Stepping
 from neuronsurgery.tables import counted, render
 from neuronsurgery.triggers import Every, Last, Memory, Moment, Over, Plateau, Share, TaskChange, Trigger, require_count
 
@@ -95,11 +97,13 @@ class Act:
     on_report: Callable[[Any], object] | None = None
     follow: Callable[[], object] | None = None
     """Lets the networks follow that take over the model's structure."""
+    runner: Stepping | None = None
+    """The method itself, where it is one that sees each step and decides alone."""
 
     def __post_init__(self) -> None:
         name = getattr(self.method, "__name__", str(self.method))
         verify = {} if self.verify is None else {"verify": None}
-        values = (None, None) if self.takes_criterion else (None,)
+        values = (None, None) if self.takes_criterion and not self.sees_each_step else (None,)
         try:
             inspect.signature(self.method).bind(*values, **self.arguments, **verify)
         except TypeError as error:
@@ -113,6 +117,8 @@ class Act:
 
     def __call__(self, model: Any, criterion: Criterion | None) -> Any:
         """Operate on what the criterion chooses, if there is one; networks that cannot follow are refused before."""
+        if self.runner is not None:
+            return self.runner.step()
         batch = self.verify() if callable(self.verify) else self.verify
         verify = {} if batch is None else {"verify": batch}
         if self.follow is not None:
@@ -122,6 +128,28 @@ class Act:
         if self.follow is not None:
             self.follow()
         return report
+
+    @property
+    def sees_each_step(self) -> bool:
+        """Whether the method is the class of one that runs beside the training."""
+        return isinstance(self.method, type) and issubclass(self.method, Stepping)
+
+    def running(self, model: Any, settings: Settings) -> Act:
+        """Return this with the method at work beside the training, where it is one that sees each step.
+
+        Raises:
+            ScheduleError: settings that such a method has no use for, as it chooses units and times by itself.
+        """
+        if not self.sees_each_step:
+            return self
+        name = self.method.__name__
+        if settings.operate != Every(1) or self.takes_criterion or self.follow is not None:
+            raise ScheduleError(
+                f"{name} sees each step and chooses units by itself; found criterion={settings.criterion}, operate="
+                f"{settings.operate}{', and mirrors' if self.follow else ''}: pass criterion=None, operate=Every(1) "
+                "and no mirrors, as it leaves no structure for them to take over"
+            )
+        return replace(self, runner=self.method(model, **self.arguments))
 
     @property
     def max_growth(self) -> float:
@@ -201,8 +229,8 @@ class Scheduling:
         self._require_open()
         has_news = self._watch.end_round() > self._counts["num_seen"]
         self._counts["num_seen"] = self._watch.num_steps
-        if value is not None and any(isinstance(leaf, Plateau) for leaf in self._memory):
-            number = self._watch.agreed(value)
+        watches_values = any(isinstance(leaf, Plateau) for leaf in self._memory)
+        if watches_values and (number := self._watch.agreed(value)) is not None:
             for leaf, memory in self._memory.items():
                 leaf.saw(memory, number)
             has_news = True
@@ -223,6 +251,8 @@ class Scheduling:
         """Give model and optimizers back without hooks and taps; what was operated on stays."""
         self._is_closed = True
         self._watch.close()
+        if self._act.runner is not None:
+            self._act.runner.close()
 
     def __enter__(self: ScheduleT) -> ScheduleT:
         return self
@@ -234,6 +264,11 @@ class Scheduling:
     def num_steps(self) -> int:
         """How many optimizer steps were counted."""
         return self._watch.num_steps
+
+    @property
+    def num_units(self) -> int:
+        """How many units were operated on, each as often as it was."""
+        return self._counts["num_units"]
 
     @property
     def num_operations(self) -> int:
@@ -308,21 +343,33 @@ class Scheduling:
 
     def _conclude(self) -> Report | LayerReport | Plan | None:
         """Operate on what is selected now, if anything is, or on whole layers, and begin anew."""
-        done = self._change_layers() if self._settings.criterion is None else self._change_units()
+        # A method that runs beside the training meets the other processes by itself, when it acts.
+        with nullcontext() if self._act.runner else self._backend.together(self._model):
+            done = self._change_layers() if self._settings.criterion is None else self._change_units()
+        self._count(done)
         self.last = self.last if done is None else done
         self._counts |= {"acted_at": self._watch.num_steps, "is_pending": 0}
         self._memory = {leaf: leaf.begin() for leaf in self._memory}
         self._begin_window()
         return done
 
-    def _change_layers(self) -> LayerReport:
-        report: LayerReport = self._act(self._model, None)
+    def _count(self, done: Report | LayerReport | Plan | None) -> None:
+        """Take note of an operation, once it is done on all processes."""
+        if done is None or isinstance(done, Plan):
+            return
         self._counts["num_operations"] += 1
+        if isinstance(done, Report):
+            self._births.add(done.operated, self.num_steps, self._watch.operations())
+            self._counts["num_units"] += done.num_units
+
+    def _change_layers(self) -> LayerReport | None:
+        report: LayerReport | None = self._act(self._model, None)
         return report
 
     def _change_units(self) -> Report | Plan | None:
         selection, self._asked = self._of_sites_now(self._asked or self._select()), None
         chosen = capped(selection, max_units=self._settings.max_units, max_share=self._settings.max_share)
+        chosen = replace(chosen, units=self._backend.agreed_units("the selection", chosen.units))
         if not chosen.num_units:
             return None
         return plan(chosen, max_growth=self._act.max_growth) if self._act.is_dry else self._operate(chosen)
@@ -335,9 +382,6 @@ class Scheduling:
     def _operate(self, chosen: Selection) -> Report:
         criterion = Selected(str(self._settings.criterion), chosen.units, chosen.scores.values)
         report: Report = self._act(self._model, criterion)
-        self._births.add(report.operated, self.num_steps, self._watch.operations())
-        self._counts["num_operations"] += 1
-        self._counts["num_units"] += report.num_units
         young = [f"{site}: {counted(count, 'young unit')} passed over" for site, count in chosen.passed_over.items()]
         return replace(
             report,
@@ -360,6 +404,7 @@ class Scheduling:
             "triggers": [dict(memory) for memory in self._memory.values()],
             "births": self._births.state(),
             "watch": self._watch.state_dict(),
+            **({} if self._act.runner is None else {"runner": self._act.runner.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -377,6 +422,13 @@ class Scheduling:
                 f"the state was saved by a schedule with other settings: {'; '.join(differ)}. Make the schedule as it "
                 "was, or begin anew without loading a state"
             )
+        if (self._act.runner is None) == ("runner" in state):
+            raise ScheduleError(
+                f"the state was saved by a schedule of another method: here it is {self._chosen}. Make the schedule as "
+                "it was, or begin anew without loading a state"
+            )
+        if self._act.runner is not None:
+            self._act.runner.load_state_dict(state["runner"])
         self._watch.load_state_dict(state["watch"])
         self._counts = dict(state["counts"])
         self._memory = {leaf: dict(memory) for leaf, memory in zip(self._memory, state["triggers"], strict=True)}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 from neuronsurgery.checks import Check, Problem
 from neuronsurgery.choosing import Custom, Random, Units
@@ -24,6 +24,7 @@ from neuronsurgery.criteria import as_criterion
 from neuronsurgery.errors import (
     CheckError,
     CriterionError,
+    DistributedError,
     DrawError,
     EquivalenceError,
     EvidenceError,
@@ -40,6 +41,7 @@ from neuronsurgery.errors import (
     UntraceableError,
 )
 from neuronsurgery.evidence import OF_GRADIENTS, Evidence, Quantity
+from neuronsurgery.flattenings import Flattened, Flattening
 from neuronsurgery.layer_reports import LayerReport
 from neuronsurgery.measuring import REBORN, Dormant, GraMa, Lowest, Stagnant
 from neuronsurgery.mirrors import Mirrored, MirrorReport
@@ -67,12 +69,15 @@ __all__ = [
     "ContinualBackprop",
     "Criterion",
     "CriterionError",
+    "DistributedError",
     "Dormant",
     "DrawError",
     "EquivalenceError",
     "Every",
     "Evidence",
     "EvidenceError",
+    "Flattened",
+    "Flattening",
     "FormatError",
     "GraMa",
     "Last",
@@ -114,6 +119,8 @@ __all__ = [
     "consolidate",
     "consumers",
     "discover",
+    "fade_to_fresh",
+    "flatten",
     "knife",
     "l2_regularizer",
     "mirror",
@@ -121,11 +128,13 @@ __all__ = [
     "operate",
     "plan",
     "plasticity_injection",
+    "pooled",
     "probe",
     "reborn",
     "redo",
     "regenerative_regularizer",
     "regrama",
+    "replicated",
     "reset",
     "reset_optimizer",
     "restore",
@@ -140,6 +149,25 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _together(function: Callable[P, T]) -> Callable[P, T]:
+    """A function of a model, its first argument, that all processes that hold the model do together, or none."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = args[0] if args else kwargs.get("model")
+        if model is None or not _backend(model).is_shared(model):
+            return function(*args, **kwargs)
+        with _backend(model).together(model):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_together
 def knife(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
@@ -205,6 +233,61 @@ def knife(
     return backend.operate(model, chosen, **how)
 
 
+@_together
+def fade_to_fresh(
+    model: Any,
+    criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
+    *,
+    retire: int,
+    evidence: Evidence | None = None,
+    optimizer: Any = None,
+    sites: Iterable[str] | None = None,
+    max_growth: float = MAX_GROWTH,
+    cooldown: int = COOLDOWN,
+    init: Any = None,
+    verify: Any = None,
+    generator: Any = None,
+) -> Report:
+    """Let fresh units fade in where the chosen ones were, over so many optimizer steps: retirement without knowledge.
+
+    It is `knife(..., retire=N)` less the knowledge members, the control that shows what they are worth: a unit falls
+    silent and becomes a fresh one as its compensation member fades. The output moves by what the units handed on.
+    Consumers are left alone. What the composite units knew from operations before is dropped as well.
+
+    Args:
+        model: as for `knife`.
+        criterion: as for `knife`.
+        retire: over how many optimizer steps the compensation members fade to zero, linearly.
+        evidence: as for `knife`.
+        optimizer: as for `knife`; it is needed, as its steps are counted.
+        sites: as for `knife`.
+        max_growth: as for `knife`.
+        cooldown: as for `knife`.
+        init: as for `knife`.
+        verify: a batch on which the report says by how much the output moved.
+        generator: as for `knife`.
+
+    Raises:
+        SurgeryError: one of its children, before anything changed or after everything was put back.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> x = torch.randn(16, 4)
+        >>> _ = fade_to_fresh(model, Units({"0": [1, 5]}), retire=100, optimizer=optimizer, verify=x)
+        >>> model[:2](x)[:, [1, 5]].abs().max().item()
+        0.0
+    """
+    backend, wanted = _backend(model), as_criterion(criterion)
+    around = {"example": verify, "cooldown": (cooldown, optimizer), "generator": generator}
+    selection = _selected(model, wanted, evidence=evidence, sites=sites, **around)
+    chosen = plan(selection, max_growth=max_growth)
+    how = {"optimizer": optimizer, "retire": retire, "init": init, "verify": verify, "generator": generator}
+    return backend.operate(model, chosen, method="fade_to_fresh", **how)
+
+
+@_together
 def redo(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "dormant",
@@ -247,6 +330,7 @@ def redo(
     return _backend(model).reset_units(model, chosen, method="redo", **how)
 
 
+@_together
 def regrama(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = "grama",
@@ -274,6 +358,7 @@ def regrama(
     return _backend(model).reset_units(model, chosen, method="regrama", **how)
 
 
+@_together
 def reborn(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]] = REBORN,
@@ -331,6 +416,7 @@ def reborn(
     return _backend(model).reborn(model, chosen, donors, scale=scale, per_donor=per_donor, **how)
 
 
+@_together
 def widen(
     model: Any,
     criterion: Criterion | str | Callable[[Scores], Mapping[str, Any]],
@@ -513,12 +599,14 @@ class Schedule(Scheduling):
         dry_run: return what would be done, a `Plan`, and leave the model alone.
         verify: as for `knife`, or a function that returns a batch.
         on_report: is called with each report, in a dry run with each plan.
-        method: a function in the manner of `knife`: `redo`, `regrama`, `reborn`, `widen`.
+        method: a function in the manner of `knife`: `fade_to_fresh`, `redo`, `regrama`, `reborn`, `widen`. Or one that
+            sees each step, `ContinualBackprop` or `CCBP`, with `criterion=None` and `operate=Every(1)`; what it
+            remembers becomes part of the schedule's state. Then call `step` before gradients are zeroed.
         mirrors: target, average or teacher networks, one or several, that are given the model's structure after each
             operation, as by `mirror`.
         frozen: as for `mirror`.
-        generator: as for `knife`; its state becomes part of the schedule's. None, for a model in DDP: one that all
-            processes seed alike.
+        generator: as for `knife`; its state becomes part of the schedule's. None, for a model that several processes
+            hold: one that all seed alike.
         scaler: as for `observe`.
         weights: as for `observe`; what is measured before an operation, in each window anew.
         options: passed on to the method: `max_growth=`, `init=` ...
@@ -572,21 +660,22 @@ class Schedule(Scheduling):
         if isinstance(wanted, Units):
             names = list(dict.fromkeys(_forced(names, wanted)))
         backend = _backend(model)
-        found = backend.discover(model, include=names or ())
-        found = found if names is None else found.subset(names)
-        if wanted is not None:
-            _require_sites(found)
-            wanted.check(found)
-        follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
-        if follow is not None:
-            backend.check_mirrors(model, onto=mirrors, sites=list(found))
-        around = {"generator": generator, "scaler": scaler, "weights": weights}
-        needs = frozenset[Quantity]() if wanted is None else needs_of(wanted)
-        watch = backend.watch(model, optimizer, sites=names, needs=needs, **around)
+        with backend.together(model):
+            found = backend.discover(model, include=names or ())
+            found = found if names is None else found.subset(names)
+            if wanted is not None:
+                _require_sites(found)
+                wanted.check(found)
+            follow = functools.partial(backend.mirror, model, onto=mirrors, frozen=frozen) if mirrors != () else None
+            if follow is not None:
+                backend.check_mirrors(model, onto=mirrors, sites=list(found))
+            around = {"generator": generator, "scaler": scaler, "weights": weights}
+            needs = frozenset[Quantity]() if wanted is None else needs_of(wanted)
+            watch = backend.watch(model, optimizer, sites=names, needs=needs, **around)
         given = {"optimizer": optimizer, "sites": names, "generator": watch.generator, **options}
         arguments = {name: value for name, value in given.items() if value is not None}
         act = Act(method, arguments, wanted is not None, verify, dry_run, on_report, follow)
-        super().__init__(model, backend, watch, settings, act)
+        super().__init__(model, backend, watch, settings, act.running(model, settings))
 
 
 class ContinualBackprop(Stepping):
@@ -642,7 +731,10 @@ class ContinualBackprop(Stepping):
         if maturity < 0:
             raise CriterionError(f"maturity is {maturity}; it is a number of steps and must be >= 0")
         how = {"sites": _names(sites), "init": init, "generator": generator}
-        super().__init__(_backend(model).continual_backprop(model, optimizer, **settings, **how), settings)
+        backend = _backend(model)
+        with backend.together(model):
+            runner = backend.continual_backprop(model, optimizer, **settings, **how)
+        super().__init__(runner, settings)
 
 
 class CCBP(Stepping):
@@ -697,7 +789,57 @@ class CCBP(Stepping):
         if every < 1:
             raise CriterionError(f"every is {every}; it is a number of steps and must be >= 1")
         how = {"sites": _names(sites), "init": init, "generator": generator}
-        super().__init__(_backend(model).ccbp(model, optimizer, **settings, **how), settings)
+        backend = _backend(model)
+        with backend.together(model):
+            runner = backend.ccbp(model, optimizer, **settings, **how)
+        super().__init__(runner, settings)
+
+
+def replicated(model: Any, group: Any = None) -> Any:
+    """Say that each process of a group holds a replica of this model, so that operations are done by all, or by none.
+
+    `DistributedDataParallel` says that by itself. This is for a model that is operated on before it is wrapped, and for
+    replicas that are held together in another way: pass the result wherever a model goes, on all processes alike.
+
+    Args:
+        model: any `torch.nn.Module`; it stays as it is.
+        group: a `torch.distributed` process group. None: all processes.
+
+    Returns:
+        A module around the model.
+
+    Raises:
+        DistributedError: `torch.distributed` was not initialized, or this process is no member of the group.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> replicated(model)
+        Traceback (most recent call last):
+            ...
+        neuronsurgery.errors.DistributedError: replicated(model) names the processes of a group, and there is none: ...
+    """
+    return _backend(model).replicated(model, group)
+
+
+def pooled(model: Any, evidence: Evidence) -> Evidence:
+    """Return what all processes that hold a model measured of it: means over all samples, with the count of each.
+
+    `knife` and `Schedule` do that themselves, when they decide. Call it on all processes, between `observe` or `probe`
+    and `score`. Gradients that an optimizer uses are the same on all of them already, and are left as they are.
+
+    Args:
+        model: the model, as `DistributedDataParallel` or `replicated` wrapped it; else there is one process.
+        evidence: what this process measured.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> evidence = probe(model, [torch.randn(16, 4)], lambda model, x: model(x).square().mean())
+        >>> pooled(model, evidence).num_samples("0", Quantity.ACTIVATION)
+        16
+    """
+    return _backend(model).pooled(model, evidence)
 
 
 def score(
@@ -725,6 +867,7 @@ def score(
     return _score(sites, evidence, as_criterion(criterion), seed=backend.seed(model, generator))
 
 
+@_together
 def operate(
     model: Any,
     plan: Plan,
@@ -755,6 +898,7 @@ def operate(
     return _backend(model).operate(model, plan, **how)
 
 
+@_together
 def consolidate(
     model: Any,
     *,
@@ -762,13 +906,16 @@ def consolidate(
     optimizer: Any = None,
     batches: Iterable[Any] | None = None,
     tolerance: float = 1e-3,
+    max_rows: int | None = None,
 ) -> Consolidation:
     """Take frozen rows that contribute nothing out of a model and its mirrors, in place: all of them, or none.
 
     By weights alone go rows that have retired, and pairs of equal rows with opposite signs, which are there where an
     active member never moved between two operations; the output changes by rounding. With `batches=` pairs go too that
     give nearly the same on these (near-duplicates, and rows that never fire or are constant); the output changes, by
-    what the report says. Where no row is left the bank goes as well: the layer has its original keys, class and speed.
+    what the report says. With `max_rows=` as well, a site that still has more rows is distilled: those that matter
+    least go, and the others are fitted to what all of them gave on the batches. Where no row is left the bank goes as
+    well: the layer has its original keys, class and speed.
     The first knowledge row of a unit that a LayerNorm or its kin refers to goes only once retired.
 
     Args:
@@ -780,6 +927,9 @@ def consolidate(
             mode. None: nothing goes by data.
         tolerance: how far apart two rows' activations may be on the batches to go, as a root mean square relative to
             that of the layer's units.
+        max_rows: how many frozen rows a site may keep; None: any number. Needs `batches=`, of which each fourth sample
+            is kept from the fit to tell the error. Mirrors get the fitted rows. Units of which a row fades stay as they
+            are; where a fit is not possible (a norm over units, half precision, computed weights) rows go without one.
 
     Returns:
         The report: site by site how many rows went and why, and by how much that moved what.
@@ -801,22 +951,79 @@ def consolidate(
         (4, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     return _backend(model).consolidate(
-        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance
+        model, mirrors=mirrors, optimizer=optimizer, batches=batches, tolerance=tolerance, max_rows=max_rows
     )
 
 
-def undo(model: Any, report: Report, optimizer: Any = None) -> Report:
+def flatten(model: Any, *, verify: Any = None) -> Flattening:
+    """Make a model plain and wider, without banks, in place: frozen rows become units of their own, for deployment.
+
+    Where all consumers of a site are linear, the frozen rows become further rows of the producer, and the consumers get
+    their unit's columns again, times the row's sign and what a fade has left of it. The layer has its original keys and
+    class, and its output stays to rounding. A site of which that is not so keeps its bank, with the reason in the
+    report. Parameters stay the same objects, of another size. What was frozen is a parameter like any other then, which
+    training would move: flatten what you deploy, and a copy where training is to go on.
+
+    Args:
+        model: the operated model; compiled modules are taken off.
+        verify: a batch as for `verify=` of `knife`: the whole model's outputs are compared.
+
+    Returns:
+        The report: site by site how much wider it is, who reads it, and by how much its activations moved.
+
+    Raises:
+        ModelError: a model in DistributedDataParallel, or with banks that no longer belong to a site.
+        OptimizerError: an optimizer that was passed to an operation, and so has hooks of its own, still trains it.
+        EquivalenceError: an output moved by more than rounding; nothing was changed.
+
+    Example:
+        >>> import copy, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = knife(model, Units({"0": [1, 5]}))
+        >>> plain = copy.deepcopy(model)
+        >>> flatten(plain, verify=torch.randn(16, 4)).sites["0"].units_after
+        12
+        >>> plain
+        Sequential(
+          (0): Linear(in_features=4, out_features=12, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=12, out_features=2, bias=True)
+        )
+    """
+    return _backend(model).flatten(model, verify=verify)
+
+
+@_together
+def undo(model: Any, operation: Report | int | None = None, optimizer: Any = None) -> Report:
     """Put the old weights of an operation's units back, and take its frozen rows out of the banks.
 
-    What the active members learned since is gone. Their rows get the optimizer state of fresh ones.
+    What the active members learned since is gone. Their rows get the optimizer state of fresh ones. An operation can be
+    undone as long as none of its units was operated on later; operations on other units are no obstacle.
+
+    Args:
+        model: the operated model; wrappers (DDP, compiled modules) are taken off.
+        operation: the report of the operation; or its number, as reports, `composites(model).operations` and members
+            have it; None: the last. By number all that the banks hold of it is undone: units of which a consolidation
+            took the rows are not among them, and the report says which were.
+        optimizer: the model's optimizer, or several.
 
     Raises:
         UndoError: a later operation intervened on one of the units (undo that one first), its frozen rows have begun to
             fade, or it is not in the model.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> reports = [knife(model, Units({"0": units})) for units in ([1, 5], [2], [5])]
+        >>> composites(model).operations
+        {1: {'0': (1, 5)}, 2: {'0': (2,)}, 3: {'0': (5,)}}
+        >>> undo(model).operated, undo(model, 1).operated, undo(model, reports[1]).operated
+        ({'0': (5,)}, {'0': (1, 5)}, {'0': (2,)})
     """
-    return _backend(model).undo(model, report, optimizer=optimizer)
+    return _backend(model).undo(model, operation, optimizer=optimizer)
 
 
+@_together
 def reset(
     model: Any,
     layers: str | Iterable[str] | int | None = None,
@@ -860,6 +1067,7 @@ def reset(
     )
 
 
+@_together
 def shrink_and_perturb(
     model: Any,
     layers: str | Iterable[str] | int | None = None,
@@ -913,6 +1121,7 @@ def shrink_and_perturb(
     )
 
 
+@_together
 def scale_head(
     model: Any,
     factor: float,
@@ -949,6 +1158,7 @@ def scale_head(
     return _backend(model).scale_head(model, factor, layers, optimizer=optimizer, example=example)
 
 
+@_together
 def reset_optimizer(
     model: Any,
     layers: str | Iterable[str] | int | None = None,
@@ -982,6 +1192,7 @@ def reset_optimizer(
     return _backend(model).reset_optimizer(model, layers, optimizer=optimizer, example=example)
 
 
+@_together
 def plasticity_injection(
     model: Any,
     head: str,
@@ -1145,6 +1356,7 @@ def upgd(
     )
 
 
+@_together
 def restore(model: Any, state_dict: Mapping[str, Any], optimizer: Any = None, *, prefix: str = "") -> Composites:
     """Load a state dict strictly, with the structure that was saved in it, onto a model that need not have it.
 
@@ -1205,6 +1417,7 @@ def accept(model: Any) -> None:
     _backend(model).accept(model)
 
 
+@_together
 def attach(model: Any, optimizer: Any) -> None:
     """Install on an optimizer the step hooks that the operated rows of its model need.
 
@@ -1231,8 +1444,11 @@ def attach(model: Any, optimizer: Any) -> None:
     _backend(model).attach(model, optimizer)
 
 
+@_together
 def check(model: Any, optimizer: Any = None, *, mirrors: Any = ()) -> Check:
     """Look for what goes wrong in silence around an operated model: nothing changes, no forward pass is run.
+
+    Of a model that several processes hold (DDP, `replicated`), call it on all of them: they compare what they hold.
 
     Trainable parameters that no optimizer owns or that several do, frozen rows that something could move, banks that
     have no effect or disagree with their layer, step hooks and ages that a copy or a resume has lost, old weights
@@ -1333,6 +1549,7 @@ def _selected(
     _require_sites(found)
     if evidence is not None:
         found = _as_measured(found, evidence, _forced(names, wanted))
+        evidence = backend.pooled(model, evidence, needs_of(wanted))
     else:
         evidence = _evidence_now(backend, model, found, wanted)
     scores = score(found, evidence, wanted, model=model, generator=generator)

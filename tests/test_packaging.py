@@ -67,7 +67,7 @@ def test_every_declared_dependency_is_imported() -> None:
     assert declared("demo") - imported == set()
 
 
-@pytest.mark.parametrize("extra", ["demo", "dev", "docs", "marl", "zoo"])
+@pytest.mark.parametrize("extra", ["demo", "dev", "docs", "marl", "smax", "zoo"])
 def test_every_requirement_is_pinned(extra: str) -> None:
     assert declared(extra) - pinned() == set()
 

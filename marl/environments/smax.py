@@ -18,7 +18,7 @@ from marl.environments.smax_settings import STOP, SmaxSettings
 from marl.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from marl.environments.smax_jax import Lanes
+    from marl.environments.smax_games import Lanes
 
 __all__ = ["Smax"]
 
@@ -41,10 +41,12 @@ class Smax:
     """
 
     def __init__(self, settings: SmaxSettings, batch_size: int, *, seed: int = 0) -> None:
-        from marl.environments.smax_jax import games_of  # here, so that nobody else waits for JAX
+        from marl.environments.smax_games import games_of  # here, so that nobody else waits for JAX
 
         self.batch_size = checked_batch_size(batch_size)
         self._games = games_of(settings)
+        self._reward_scale = np.float32(settings.reward_scale)
+        self._state_scales = self._games.state_scales if settings.scaled_state else np.float32(1)
         self.spec = Spec(
             num_agents=self._games.num_agents,
             num_actions=self._games.num_actions,
@@ -74,7 +76,7 @@ class Smax:
         if not ended.all():
             only_stop = np.where(ended[:, None], STOP, taken).astype(np.int32)
             after = self._games.step(self._lanes, only_stop, ~ended)
-            self._lanes, reward = after.lanes, np.array(after.reward)
+            self._lanes, reward = after.lanes, np.asarray(after.reward) * self._reward_scale
             self._won = np.where(ended, self._won, after.is_won)
             self._clock.tick(np.asarray(after.is_over))
         return outcome(self._observe(ended), reward, self._clock, won=self._won)
@@ -126,13 +128,18 @@ class Smax:
         self._won, self._avail_actions = np.array(state["won"]), state["avail_actions"]
         self._clock.load_state_dict(state["clock"])
 
+    @property
+    def num_programs(self) -> int:
+        """How many functions were compiled for these battles, whatever their number, in this process."""
+        return self._games.num_programs
+
     def _observe(self, ended: NDArray[np.bool_]) -> Observation:
         """What can be seen now; episodes that had ended before (B,) have nothing left to do."""
         available = np.array(self._lanes.avail_actions)
         available[ended] = np.arange(self.spec.num_actions) == STOP
         self._avail_actions = torch.from_numpy(available)
-        obs, world = (torch.from_numpy(np.array(seen)) for seen in (self._lanes.obs, self._lanes.world))
-        return Observation(obs, world, self._avail_actions)
+        obs, state = np.array(self._lanes.obs), np.asarray(self._lanes.world) * self._state_scales
+        return Observation(torch.from_numpy(obs), torch.from_numpy(state), self._avail_actions)
 
     def _letter(self, number: int | np.signedinteger[Any]) -> str:
         return "A" if number < self.spec.num_agents else "E"

@@ -46,7 +46,7 @@ GENERATED: Mapping[str, Teams] = {
     **{f"{size}gen_{race}": Teams(race, *SIZES[size]) for race in RACES for size in SIZES},
     **{f"{size}gen_{race}_vs_{LARGER[size][1]}": Teams(race, *LARGER[size]) for race in RACES for size in LARGER},
 }
-"""SMACv2's scenarios by race, in places as SMAX draws them for its own; SMACv2 calls them `protoss_5_vs_5` and so on."""
+"""SMACv2's scenarios by race, in places as SMAX draws them; SMACv2 calls them `protoss_5_vs_5` and so on."""
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,16 @@ def on_units(method: Callable[..., Any], criterion: Any, *, is_once: bool = Fals
     return prepare
 
 
+def on_units_fading(method: Callable[..., Any], criterion: Any) -> Prepare:
+    """A method whose frozen members fade away until it acts again."""
+
+    def prepare(subject: Subject, setting: Setting) -> Learner:
+        when = subject.period(setting.value)
+        return _operated(subject, setting, method, criterion, operate=when, retire=when.num_steps)
+
+    return prepare
+
+
 def on_units_below(method: Callable[..., Any], criterion: Callable[[float], Any]) -> Prepare:
     """A method that chooses units four times a task; the number is the threshold of its criterion."""
 
@@ -185,6 +195,8 @@ _PERIOD, _MOMENT, _STRENGTH = "tasks between two actions", "share of the run bef
 ARMS: Mapping[str, Arm] = {
     "none": Arm(untouched, "", _RATES_ALONE),
     "KNIFE": Arm(on_units(surgery.knife, "stagnant", max_growth=64.0), _PERIOD, _PERIODS),
+    "KNIFE, retired": Arm(on_units_fading(surgery.knife, "stagnant"), _PERIOD, _PERIODS),
+    "fade to fresh": Arm(on_units_fading(surgery.fade_to_fresh, "stagnant"), _PERIOD, _PERIODS),
     "ReDo": Arm(on_units(surgery.redo, "dormant"), _PERIOD, _PERIODS),
     # By its published threshold, the first, it chose no unit of the first stream at any period: it is tuned instead.
     "ReGraMa": Arm(on_units_below(surgery.regrama, surgery.GraMa), "threshold", _grid((0.01, 0.1, 0.25))),

@@ -16,6 +16,7 @@ from neuronsurgery.errors import SiteError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fading import fades_followed
+from neuronsurgery.pytorch.hanging import hang_as_sharded
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.sites import discover
@@ -33,7 +34,9 @@ def attach(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer]) -> None
     model = unwrap(model)
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(model.named_parameters()))
-    run([resumed(place, optimizers) for place in _banked(model)])
+    places = _banked(model)
+    sharded = [change for place in places for change in hang_as_sharded(place)]
+    run([*sharded, *(resumed(place, optimizers) for place in places)])
 
 
 def _banked(model: nn.Module) -> list[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from neuronsurgery.errors import EquivalenceError
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.computing import Computed
+from neuronsurgery.pytorch.fsdp import as_shards
 from neuronsurgery.pytorch.links import BatchNorm, Dropout, Link, Norm, UnitFunction
 from neuronsurgery.pytorch.models import left_alone, run_model
 from neuronsurgery.pytorch.places import Place
@@ -24,8 +26,10 @@ __all__ = [
     "Observed",
     "allowed_move",
     "SameOutput",
+    "Trial",
     "check_composite",
     "moved_activations",
+    "moved_when_flat",
     "observe_output",
     "tolerance",
 ]
@@ -41,7 +45,18 @@ def tolerance(dtype: torch.dtype) -> float:
 # -- one site --------------------------------------------------------------------------------------------------------
 
 
-def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Composite) -> float:
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What stands in for a layer of which no process has all: its slots' rows, its bank, and the one it will have."""
+
+    before: list[Tensor | None]
+    old: Composite | None
+    new: Composite | None
+
+
+def check_composite(
+    place: Place, renewed: Sequence[Tensor | None], bank: Composite, trial: Trial | None = None
+) -> float:
     """The relative error of a layer's activations with new slots and a new bank, on random inputs to its producer.
 
     `renewed`: all units' rows of each of the place's slots. Tensors from elsewhere are random as well.
@@ -49,7 +64,7 @@ def check_composite(place: Place, renewed: Sequence[Tensor | None], bank: Compos
     Raises:
         EquivalenceError: beyond the tolerance of the weights' dtype.
     """
-    error, allowed = moved_activations(place, renewed, bank), allowed_move(place)
+    error, allowed = moved_activations(place, renewed, bank, trial), allowed_move(place)
     if not error <= allowed:
         raise EquivalenceError(
             f"{place.site.name}: the composite units differ from the old units by {error:.3g} of the layer's largest "
@@ -65,20 +80,46 @@ def allowed_move(place: Place) -> float:
     return tolerance(dtype) * (1 + norms if dtype in (torch.bfloat16, torch.float16) else 1)
 
 
-def moved_activations(place: Place, renewed: Sequence[Tensor | None], bank: Composite | None) -> float:
+def moved_activations(
+    place: Place, renewed: Sequence[Tensor | None], bank: Composite | None, trial: Trial | None = None
+) -> float:
     """By how much of their largest value a layer's activations move with new slots and a new bank, or none.
 
     On random inputs, as `check_composite`.
     """
-    before = [None if slots is None else slots.rows() for slots in place.slots]
+    if trial is None:
+        trial = Trial([None if slots is None else slots.rows() for slots in place.slots], place.bank, bank)
     error = 0.0
     for computed in place.computed or (None,):
         with torch.no_grad():
-            old, _ = _activations(place, before, place.bank, computed)
-            new, rows = _activations(place, renewed, bank, computed)
+            old, _ = _activations(place, trial.before, trial.old, computed)
+            new, rows = _activations(place, renewed, trial.new, computed)
             scale = max(_magnitude(old), _magnitude(rows))
             error = max(error, _magnitude(new - old) / max(scale, torch.finfo(old.dtype).tiny))
     return error
+
+
+def moved_when_flat(place: Place, left: Composite, shares: Tensor) -> float:
+    """By how much of their largest value activations move where rows are units of their own, summed by their shares.
+
+    On random inputs, as `check_composite`; `shares`: (num_rows,), what each row is multiplied by.
+    """
+    slots = [None if each is None else each.rows() for each in place.slots]
+    frozen = [left.live(name) for name in place.buffer_names]
+    grown = [
+        own if own is None or row is None or each is None or each.axes is None else torch.cat([own, row.to(own)])
+        for each, own, row in zip(place.slots, slots, frozen, strict=True)
+    ]
+    with torch.no_grad():
+        old, _ = _activations(place, slots, place.bank, None)
+        new, _ = _activations(place, grown, None, None)
+    axis = place.path.unit_axes(place.product, old.dim())[0]
+    num_units = place.site.num_units
+    units = new.double().narrow(axis, 0, num_units)
+    rows = new.double().narrow(axis, num_units, len(shares)) * along(shares.to(new.device), axis)
+    summed = units.index_add(axis, torch.from_numpy(left.rows.unit).to(rows.device), rows)
+    scale = max(_magnitude(old), _magnitude(rows), torch.finfo(old.dtype).tiny)
+    return _magnitude(summed - old.double()) / scale
 
 
 def _activations(
@@ -173,6 +214,7 @@ def observe_output(model: nn.Module, batch: Any) -> Observed:
     mode = _LastProduct()
     with torch.no_grad(), left_alone(model), mode:
         tensors = [t.clone() for t in pytree.tree_leaves(run_model(model, batch)) if isinstance(t, Tensor)]
+    as_shards(model)
     return Observed(tensors, mode.floor)
 
 

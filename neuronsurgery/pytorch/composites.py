@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from neuronsurgery.composites import Layout, Rows, room_for
@@ -20,12 +21,13 @@ from neuronsurgery.errors import StateError, SurgeryError
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Compute, Recipe
 from neuronsurgery.pytorch.links import BatchNorm, Coupling, Link, Move, Norm, SyncBatchNorm, is_statistic
 from neuronsurgery.pytorch.products import Contraction, Product
+from neuronsurgery.pytorch.sharding import copied, gathered, held, is_sharded, is_spread, shard_of, sharded_rows, whole
 from neuronsurgery.pytorch.stacking import check_stacked
 from neuronsurgery.pytorch.step_hooks import Clock
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded
 from neuronsurgery.pytorch.unitwise import Kind, along, laid_out_as
 
-__all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names"]
+__all__ = ["PASSED_BY", "Composite", "UnitPath", "check_in_place", "frozen_names", "shard_rows"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ _GROWING_AXES: dict[str, tuple[int, ...]] = {
     "units": (0,),
     "reference": (),
     "references": (0,),
+    "own": (0,),
 }
 
 
@@ -168,6 +171,7 @@ class Composite(nn.Module):
     units = _table("units")
     reference = _table("reference")
     references = _table("references")
+    own = _table("own")
 
     def __init__(
         self,
@@ -186,8 +190,11 @@ class Composite(nn.Module):
         self.clocks: tuple[Clock | None, ...] = ()  # what its births are counted by, where no optimizer does
         self.growing_tables: dict[str, Tensor | None] = {}
         self.fixed_tables: dict[str, Tensor | None] = {}
+        self.split: tuple[int, int] | None = None  # the units that this process computes, where it does not all
+        self._gathered_rows: tuple[Any, int, Tensor | None, Tensor] | None = None
+        room = next((len(v) for v in values if v is not None and is_sharded(v)), room_for(len(rows), num_units))
         for name, value in zip(self.buffer_names(), values, strict=True):
-            self.register_buffer(name, None if value is None else _padded(value, room_for(len(rows), num_units)))
+            self.register_buffer(name, value if value is None or is_sharded(value) else _padded(value, room))
         self.register_buffer("fade", None)
         self._fade_as(rows, fade)
         self._tabulate()
@@ -213,14 +220,19 @@ class Composite(nn.Module):
 
     def tables(self, rows: Rows) -> dict[str, Tensor | None]:
         """The gather tables for these rows, on the bank's device; on the CPU where the bank has no storage."""
-        layout = Layout.of(rows, self.num_units)
-        spare = len(self.frozen_weight) - len(rows)
+        own: NDArray[np.int64] | None = None
+        if self.split is not None:
+            own = np.flatnonzero((rows.unit >= self.split[0]) & (rows.unit < self.split[1]))
+            rows = rows.of_units(*self.split)
+        layout = Layout.of(rows, self.num_here) if len(rows) else None
+        spare = len(self.frozen_weight) - len(rows) if own is None else 0
         tables = {
-            "order": layout.order,
-            "source": layout.source,
-            "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0])]),
-            "reference": rows.reference(self.num_units),
-            "references": rows.references(self.num_units),
+            "order": None if layout is None else layout.order,
+            "source": None if layout is None else layout.source,
+            "units": np.concatenate([rows.unit, np.full(spare, rows.unit[0] if len(rows) else 0)]),
+            "reference": rows.reference(self.num_here),
+            "references": rows.references(self.num_here),
+            "own": own,
         }
         device = "cpu" if self.frozen_weight.is_meta else self.frozen_weight.device
         return {name: None if table is None else torch.from_numpy(table).to(device) for name, table in tables.items()}
@@ -232,7 +244,8 @@ class Composite(nn.Module):
         for name, value in self.tables(self.rows).items():
             setattr(self, name, value)
         for name in (*self.buffer_names(), "fade"):
-            _let_grow(self._buffers[name], 0)
+            if not is_sharded(self._buffers[name]):
+                _let_grow(self._buffers[name], 0)
 
     def _stored(self, name: str) -> Any:
         """A buffer, read so that torch's compiler takes its size for one that may change.
@@ -242,6 +255,16 @@ class Composite(nn.Module):
         """
         return getattr(self, name) if torch.compiler.is_exporting() else self.__dict__["_buffers"][name]
 
+    @property
+    def num_here(self) -> int:
+        """How many units this process computes."""
+        return self.num_units if self.split is None else self.split[1] - self.split[0]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the frozen rows."""
+        return is_spread(self.frozen_weight)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -250,21 +273,58 @@ class Composite(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return state | {"growing_tables": {}, "fixed_tables": {}}
+        return state | {"growing_tables": {}, "fixed_tables": {}, "_gathered_rows": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._tabulate()
 
     def live(self, name: str) -> Tensor | None:
-        """The rows in use of one buffer, (num_rows, ...)."""
+        """The rows in use of one buffer, (num_rows, ...); of sharded ones all processes have to ask."""
         value: Tensor | None = getattr(self, name)
-        return None if value is None else value[: len(self.rows)]
+        return None if value is None else whole(value)[: len(self.rows)]
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The rows in use of what no step changes, and the fade: all but running statistics, by buffer.
+
+        Sharded ones are left out.
+        """
+        names = (name for name in (*self.buffer_names(), "fade") if not name.startswith("running"))
+        kept = (name for name in names if not is_sharded(self._buffers[name]))
+        return {name: value for name in kept if (value := self.live(name)) is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Pre-activations of the frozen rows for the input the producer received, on the unit axis or the last."""
         weight, bias = (self._stored(name) for name in FIRST_NAMES)
-        return self.product(x, weight, bias, self.units.to(x.device))
+        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):  # the slots' was cast as well
+            bias = None if bias is None else bias.to(x.dtype)
+            weight = weight.to(x.dtype)
+        if is_sharded(x) and self.split is None:
+            raise SurgeryError(
+                f"{self.label} was made before its layer was parallelized: its units are split over processes since. "
+                "Call surgery.attach(model, optimizer) after parallelize_module"
+            )
+        if not is_sharded(weight):
+            return self.product(x, weight, bias, self.units.to(x.device))
+        if self.split is not None:
+            own = self._own_rows().to(weight.dtype)
+            return self.product(copied(x), own, bias if bias is None else bias.index_select(0, self.own))
+        with gathered(weight, is_freed=x.requires_grad) as rows:
+            return self.product(x, rows, bias, self.units.to(x.device))
+
+    def _own_rows(self) -> Tensor:
+        """The frozen rows of the units that this process computes; gathered once, until an operation or a load."""
+        weight = self._stored("frozen_weight")
+        if torch.compiler.is_compiling():
+            with gathered(weight, is_freed=False) as rows:
+                return rows.index_select(0, self.own)
+        stored = held(weight)
+        known, version, own, rows = self._gathered_rows or (None, 0, None, stored)
+        if known is not weight or version != stored._version or own is not self.own:
+            with gathered(weight, is_freed=False) as found:
+                rows = found.index_select(0, self.own)
+            self._gathered_rows = (weight, stored._version, self.own, rows)
+        return rows
 
     def computed(self, x: Tensor, recipe: Recipe, compute: Compute, live: Sequence[Any]) -> Tensor:
         """As `forward`, with weights and biases that are computed from the frozen rows and these live values."""
@@ -371,7 +431,7 @@ class Composite(nn.Module):
         if self.product.is_stacked:
             other = self.stacked(other)
         size = other.shape[axis] if other.dim() >= -axis else 1
-        if size == self.num_units:
+        if size == self.num_here:
             return other.index_select(axis, self.units.to(other.device))
         if size == 1:
             return other
@@ -411,7 +471,10 @@ class Composite(nn.Module):
     def summed(self, h: Tensor, rows: Tensor, axis: int) -> Tensor:
         """As `assemble`, of slots and rows that have their units on one axis."""
         check_stacked(self.fingerprint, self.site)
+        if self.order is None:  # none of the composite units is computed here
+            return h
         fade = self._stored("fade")
+        fade = fade if fade is None or self.own is None else fade[self.own]
         values = torch.cat([h, rows if fade is None else rows * along(fade.to(rows.dtype), axis)], axis)
         num_terms, num_columns = self.order.shape
         terms = values.index_select(axis, self.order.to(h.device).reshape(-1))
@@ -522,6 +585,26 @@ class Composite(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.rows)} frozen rows, {len(set(self.rows.unit))} of {self.num_units} units"
+
+
+def shard_rows(weight: Tensor, bank: Composite, is_split: bool) -> None:
+    """Let a bank that does not hang yet hold its rows as its producer's weight is held: each process a part of them."""
+    if is_split:
+        units = shard_of(weight).rows(bank.product.axes)
+        bank.split = (units.start, units.stop)
+    if not is_sharded(weight) or bank.is_sharded:
+        bank._tabulate()
+        return
+    for name in bank.buffer_names():
+        value = bank._buffers[name]
+        if value is not None and value.dim() > 1:
+            bank._buffers[name] = sharded_rows(weight, value)
+    room = len(bank.frozen_weight)
+    for name in (*bank.buffer_names(), "fade"):
+        value = bank._buffers[name]
+        if value is not None and len(value) < room:
+            bank._buffers[name] = torch.cat([value, value[:1].expand(room - len(value), *value.shape[1:])])
+    bank._tabulate()
 
 
 def _set_back(clocks: Sequence[Clock | None], counts: Sequence[int]) -> tuple[Clock | None, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,15 @@ from torch.optim import Optimizer
 
 from neuronsurgery.consolidations import Consolidated, Consolidation
 from neuronsurgery.errors import EquivalenceError, MirrorError, PlanError
+from neuronsurgery.pytorch import distilling
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import MovedOutput, allowed_move, moved_activations
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.computing import FIRST_NAMES
+from neuronsurgery.pytorch.distributed import session, summed
 from neuronsurgery.pytorch.fading import fades_followed
 from neuronsurgery.pytorch.fitting import banked_places, is_shared, targets_of, trained_as
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import num_weights
@@ -44,12 +48,16 @@ def consolidate(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     batches: Iterable[Any] | None = None,
     tolerance: float = 1e-3,
+    max_rows: int | None = None,
 ) -> Consolidation:
     """Take rows that contribute nothing out of a model and its mirrors; see `neuronsurgery.surgery.consolidate`."""
     check_model(model)
     if not 0 <= tolerance < 1:
         raise PlanError(f"tolerance is {tolerance!r}; it is a share of a unit's mean activation, from 0 to below 1")
+    _check_max_rows(max_rows, batches)
     source = unwrap(model)
+    if batches is not None:
+        require_whole(source, "consolidate(batches=...)")
     targets = [] if isinstance(mirrors, (list, tuple)) and not mirrors else targets_of(model, mirrors)
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(source.named_parameters()))
@@ -59,8 +67,9 @@ def consolidate(
         discovery = discover(source)
         check_banks_in_place(discovery)
         places = banked_places(source, discovery, "model")
-        checks, seen = _seen(source, places, batches)
-        cuts = {name: _cut(place, seen.get(name), tolerance) for name, place in places.items()}
+        checks, seen = _seen(source, places, batches, is_distilled=max_rows is not None)
+        cuts = {name: _cut(place, seen.get(name), tolerance, max_rows) for name, place in places.items()}
+        notes = [f"{name}: {cut.note}" for name, cut in cuts.items() if cut.note]
         cuts = {name: cut for name, cut in cuts.items() if cut.dropped.any()}
         changes = _changes(discovery, places, cuts)
         changes += [change for place in _fading(places, cuts) for change in fades_followed(place, optimizers)]
@@ -75,10 +84,22 @@ def consolidate(
                 parameters_before=before,
                 parameters_after=num_weights(source),
                 model_error=max((check.error for check in checks), default=None),
-                notes=() if cuts else ("nothing to do: every frozen row contributes",),
+                notes=(*notes, *(() if cuts else ("nothing to do: every frozen row contributes",))),
             )
 
         return run([*changes, *checks], report)
+
+
+def _check_max_rows(max_rows: int | None, batches: Iterable[Any] | None) -> None:
+    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 0):
+        raise PlanError(f"max_rows is {max_rows!r}; it is how many frozen rows a site may keep, 0 or more")
+    if max_rows is not None and batches is None:
+        raise PlanError("max_rows= needs batches=, on which the rows that are left are fitted to all of them")
+    if max_rows is not None and session() is not None:
+        raise PlanError(
+            "max_rows= fits rows to the batches of one process, and several hold this model: consolidate without, or "
+            "fit a copy on one process and load its state on all (surgery.restore)"
+        )
 
 
 # -- one bank --------------------------------------------------------------------------------------------------------
@@ -91,9 +112,11 @@ class Cut:
     dropped: NDArray[np.bool_]
     left: Composite | None
     report: Consolidated
+    is_fitted: NDArray[np.bool_] | None = None  # which of the rows that are left have other weights now
+    note: str = ""
 
 
-def _cut(place: Place, seen: Seen | None, tolerance: float) -> Cut:
+def _cut(place: Place, seen: Seen | None, tolerance: float, max_rows: int | None) -> Cut:
     """What may go at one place, and that it changes what it may."""
     bank = place.bank
     assert bank is not None
@@ -110,7 +133,30 @@ def _cut(place: Place, seen: Seen | None, tolerance: float) -> Cut:
         left, error = without(bank, dropped), max(error, bound)
     num_merged = int(dropped.sum()) - num_exact
     num_left = 0 if left is None else len(left.rows)
-    return Cut(dropped, left, Consolidated(num_retired, num_exact - num_retired, num_merged, num_left, error))
+    report = Consolidated(num_retired, num_exact - num_retired, num_merged, num_left, error)
+    cut = Cut(dropped, left, report)
+    return cut if seen is None or max_rows is None or num_left <= max_rows else _distilled(place, seen, cut, max_rows)
+
+
+def _distilled(place: Place, seen: Seen, cut: Cut, max_rows: int) -> Cut:
+    """What is left of a cut with fewer rows still, whose part those that stay take over."""
+    bank = seen.bank
+    more = distilling.chosen(seen.gram_now, bank, cut.dropped, max_rows)
+    dropped = cut.dropped | more
+    left, reason = without(bank, dropped), distilling.unfit(place)
+    squares = seen.moved_without(more)
+    is_fitted, note = None, ""
+    if left is not None and more.any() and not reason:
+        fit = distilling.fitted(bank, left, cut.dropped, seen.inputs)
+        squares, is_fitted = fit.squares, fit.is_fitted
+    elif left is not None and more.any():
+        note = f"rows were chosen and not fitted: {reason}"
+    num_left = 0 if left is None else len(left.rows)
+    if num_left > max_rows:
+        note = f"{num_left} rows are left: those of units of which a row fades, or that a norm refers to, stay"
+    error = cut.report.error + float(np.sqrt(squares / float(seen.total or 1.0)))
+    report = replace(cut.report, left=num_left, distilled=int(more.sum()), error=error)
+    return Cut(dropped, left, report, is_fitted, note)
 
 
 def _exact_error(place: Place, left: Composite | None) -> float:
@@ -172,9 +218,21 @@ def _follow(
                     f"the mirror holds other frozen rows at {name!r} than the model, so none can be taken out of both; "
                     "call surgery.mirror(model, onto=...) after each operation, and before this"
                 )
-            own[name] = Cut(cut.dropped, without(place.bank, cut.dropped), cut.report)
+            left = without(place.bank, cut.dropped)
+            own[name] = Cut(cut.dropped, left, cut.report)
+            if left is not None and cut.left is not None and cut.is_fitted is not None:
+                _take_over(left, cut.left, cut.is_fitted)
         moved = {name: _moved(places[name], cut.left) for name, cut in own.items()}
         return _changes(discovery, places, own), moved
+
+
+def _take_over(own: Composite, other: Composite, is_fitted: NDArray[np.bool_]) -> None:
+    """Give a mirror's bank the rows that were fitted: its own were those of other weights than the model's."""
+    rows = torch.from_numpy(np.flatnonzero(is_fitted))
+    for name in FIRST_NAMES:
+        values, fitted = own.live(name), other.live(name)
+        if values is not None and fitted is not None:
+            values[rows.to(values.device)] = fitted[rows.to(fitted.device)].to(values)
 
 
 def _is_alike(one: Composite, other: Composite) -> bool:
@@ -185,10 +243,15 @@ def _is_alike(one: Composite, other: Composite) -> bool:
 
 
 class Seen:
-    """What the batches show of one bank: how far apart the rows of each pair are, in sums of squares."""
+    """What the batches show of one bank: how far apart the rows of each pair are, in sums of squares.
 
-    def __init__(self, bank: Composite) -> None:
-        self.bank = bank
+    To distill also what it received, `inputs`, and the sums of products of all rows, (num_rows, num_rows), `gram`.
+    """
+
+    def __init__(self, bank: Composite, is_distilled: bool) -> None:
+        self.bank, self.is_distilled = bank, is_distilled
+        self.inputs: list[Tensor] = []
+        self.gram: Tensor | float = 0.0
         self.pairs: Pairs = candidates(bank.rows, bank.path)
         self.apart: Tensor | float = 0.0
         self.total: Tensor | float = 0.0
@@ -197,11 +260,39 @@ class Seen:
         """What the bank gives, and note of the rows that it gives it from."""
         result = type(self.bank).summed(self.bank, h, rows, axis)
         self.total = self.total + result.double().square().sum()
+        flat = rows.movedim(axis, -1).reshape(-1, rows.shape[axis])[:, : len(self.bank.rows)].double()
+        if self.is_distilled:
+            self.gram = self.gram + flat.T @ flat
         if self.pairs:
-            flat = rows.movedim(axis, -1).reshape(-1, rows.shape[axis])
             first, second = torch.tensor(self.pairs, device=rows.device).T
-            self.apart = self.apart + (flat[:, first].double() - flat[:, second].double()).square().sum(0)
+            self.apart = self.apart + (flat[:, first] - flat[:, second]).square().sum(0)
         return result
+
+    def sums(self) -> Tensor:
+        """The total, and how far apart the rows of each pair are, (1 + num_pairs,) float64."""
+        device = self.bank.frozen_weight.device
+        apart = torch.as_tensor(self.apart, dtype=torch.float64, device=device).expand(len(self.pairs))
+        return torch.cat([torch.as_tensor(self.total, dtype=torch.float64, device=device).reshape(1), apart])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The bank's forward, and note what it received."""
+        if self.is_distilled:
+            num_axes = self.bank.product.num_axes(2)
+            self.inputs.append(x.detach().to(self.bank.frozen_weight)[(None,) * max(0, num_axes - x.dim())].clone())
+        return type(self.bank).forward(self.bank, x)
+
+    @property
+    def gram_now(self) -> NDArray[np.float64]:
+        """The sums of products."""
+        num_rows = len(self.bank.rows)
+        found = self.gram.cpu().numpy() if isinstance(self.gram, Tensor) else np.zeros((num_rows, num_rows))
+        return np.asarray(found, np.float64)
+
+    def moved_without(self, dropped: NDArray[np.bool_]) -> float:
+        """The sum of squares by which the units' activations move without these rows."""
+        rows, gram = self.bank.rows, self.gram_now
+        parts = [np.where(dropped & (rows.unit == unit), rows.sign, 0) for unit in np.unique(rows.unit[dropped])]
+        return sum(max(0.0, float(part @ gram @ part)) for part in parts)
 
     def cancelling(self, gone: NDArray[np.bool_], tolerance: float) -> tuple[NDArray[np.bool_], float]:
         """Mask of the rows of pairs that give the same but for a tolerance, and a bound on the error of them all."""
@@ -221,17 +312,27 @@ class Seen:
 
 
 def _seen(
-    model: nn.Module, places: Mapping[str, Place], batches: Iterable[Any] | None
+    model: nn.Module, places: Mapping[str, Place], batches: Iterable[Any] | None, *, is_distilled: bool
 ) -> tuple[list[MovedOutput], dict[str, Seen]]:
     """The model's outputs on the batches, to be compared with those afterwards, and what its banks show on the way."""
     if batches is None:
         return [], {}
-    seen = {name: Seen(place.bank) for name, place in places.items() if place.bank is not None}
+    seen = {name: Seen(place.bank, is_distilled) for name, place in places.items() if place.bank is not None}
     with _watched(seen.values()):
         checks = [MovedOutput(model, batch) for batch in batches]
     if not checks:
         raise PlanError("batches= holds no batch; pass those on which rows are to be compared, or None")
+    _add_up(list(seen.values()))
     return checks, seen
+
+
+def _add_up(seen: Sequence[Seen]) -> None:
+    """Let the batches of all processes that hold the model count."""
+    if session() is None:
+        return
+    own = [each.sums() for each in seen]
+    for each, sums in zip(seen, summed("what the batches show", own), strict=True):
+        each.total, each.apart = sums[0], sums[1:]
 
 
 @contextmanager
@@ -240,8 +341,9 @@ def _watched(seen: Iterable[Seen]) -> Iterator[None]:
     watching = list(seen)
     try:
         for each in watching:
-            vars(each.bank)["summed"] = each.summed
+            vars(each.bank).update(summed=each.summed, forward=each.forward)
         yield
     finally:
         for each in watching:
             vars(each.bank).pop("summed", None)
+            vars(each.bank).pop("forward", None)

@@ -23,6 +23,7 @@ from neuronsurgery.pytorch.births import load_births, saved_births
 from neuronsurgery.pytorch.consuming import Consumer
 from neuronsurgery.pytorch.drawing import Init, draw, generator_kept
 from neuronsurgery.pytorch.evidence import by_unit, heard
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.operating import slot_changes
 from neuronsurgery.pytorch.places import Place
@@ -46,6 +47,7 @@ def continual_backprop(
     generator: torch.Generator | None = None,
 ) -> ContinualRunner:
     """Run continual backpropagation on a model; see `neuronsurgery.surgery.ContinualBackprop`."""
+    require_whole(model, "ContinualBackprop")
     grounds = grounds_of(model, optimizer, sites=sites, init=init or _kaiming, generator=generator)
     return ContinualRunner(grounds, rate, maturity, decay)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.pytorch.drawing import Init, draw, generator_kept
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.renewing import Subject, reported, seed_of
 from neuronsurgery.pytorch.stepping import Grounds, grounds_of
@@ -38,6 +39,7 @@ def ccbp(
     generator: torch.Generator | None = None,
 ) -> ContinuousRunner:
     """Run CCBP on a model; see `neuronsurgery.surgery.CCBP`."""
+    require_whole(model, "CCBP")
     grounds = grounds_of(model, optimizer, sites=sites, init=init, generator=generator)
     return ContinuousRunner(grounds, Pace(rate, every, decay, sharpness))
 

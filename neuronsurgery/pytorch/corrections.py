@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.pytorch.fresh_state import Group
 from neuronsurgery.pytorch.replaying import Before, Shared, replay
+from neuronsurgery.pytorch.sharding import held, is_sharded, own_rows
 from neuronsurgery.pytorch.step_hooks import install
 from neuronsurgery.pytorch.transaction import Change
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
@@ -116,17 +117,18 @@ class Young:
 
     def staying(self, parameter: Tensor, stays: Tensor, latest: float) -> Young:
         """Those of the rows for which `stays`, (r,) bool, says so."""
-        return Young.of(parameter, self.rows[stays], self.births[stays], latest, self.axes)
+        return Young.of(held(parameter), self.rows[stays], self.births[stays], latest, self.axes)
 
     def select(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor of the parameter's shape, (*shape, *row_shape), to be read only and under `no_grad`."""
-        view = self.axes.view(tensor)
+        view = self.axes.view(held(tensor))
         if self.is_all:
             return view
         return view.index_select(0, self.rows) if len(self.index) == 1 else view[self.index]
 
     def write(self, tensor: Tensor, values: Tensor) -> None:
         """Overwrite the rows of such a tensor."""
+        tensor = held(tensor)
         view = self.axes.view(tensor)
         if self.is_all:
             view.copy_(values)
@@ -173,6 +175,8 @@ class Corrections:
         self.young = {parameter: self.young[parameter] for parameter, _ in self.due}
         for parameter, group in self.due:
             young = self.young[parameter]
+            if not len(young.rows):  # of a sharded parameter, others hold the rows
+                continue
             step = _count(self.family.counted(optimizer, parameter, group), young.births)
             if self.family.ages and isinstance(step, float) and young.latest > step:
                 # Later births belong to a state that was replaced.
@@ -251,7 +255,11 @@ def register(
     assert rows.numel() == len(steps), "one birth for each row"
     dtype = torch.float64 if parameter.dtype in (torch.float64, torch.complex128) else torch.float32
     births = torch.tensor(steps, dtype=dtype, device=parameter.device)
-    enter = _Enter(optimizer, parameter, rows.to(parameter.device), births, max(steps, default=0), axes)
+    rows = rows.to(parameter.device)
+    if is_sharded(parameter):
+        which, rows = own_rows(parameter, rows, axes)
+        births = births[which]
+    enter = _Enter(optimizer, parameter, rows, births, max(steps, default=0), axes)
     return [*install(optimizer, CORRECTIONS, functools.partial(Corrections, family)), enter]
 
 
@@ -282,17 +290,18 @@ class _Enter:
             corrections.young = self.replaced
 
     def _joined(self, young: Young | None) -> Young:
+        parameter = held(self.parameter)
         if young is None:
-            return Young.of(self.parameter, self.rows, self.births, self.latest, self.axes)
+            return Young.of(parameter, self.rows, self.births, self.latest, self.axes)
         (rows, births), (old, born), axes = (self.rows, self.births), (young.rows, young.births), self.axes
         if young.axes != axes:
-            shape = self.parameter.shape
+            shape = parameter.shape
             rows, births = _by_weight(axes, shape, rows, births)
             old, born = _by_weight(young.axes, shape, old, born)
             axes = UnitAxes(tuple(range(len(shape))))
         stays = ~torch.isin(old, rows)
         together = torch.cat([old[stays], rows]), torch.cat([born[stays], births])
-        return Young.of(self.parameter, *together, max(self.latest, young.latest), axes)
+        return Young.of(parameter, *together, max(self.latest, young.latest), axes)
 
 
 def _by_weight(axes: UnitAxes, shape: torch.Size, rows: Tensor, births: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,7 +356,7 @@ def correct_bias(
         is_decoupled = group.get("decoupled_weight_decay", is_decoupled)
         moved = _adam_update(group, young, step, state["exp_avg"], square, is_decoupled=is_decoupled)
         if isinstance(is_due, Tensor):
-            moved = torch.where(young.over(is_due, moved), moved.to(parameter), young.select(parameter))
+            moved = torch.where(young.over(is_due, moved), moved.to(held(parameter)), young.select(parameter))
         young.write(parameter, moved)
     return _still_young(parameter, young, group, step) if sweep and is_due is not False else young
 

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuronsurgery.errors import DrawError
+from neuronsurgery.pytorch.distributed import agreed_number, same_rows
 from neuronsurgery.pytorch.drawing_computed import fresh_sources
 from neuronsurgery.pytorch.mirroring import original_class
 from neuronsurgery.pytorch.models import random_states_kept
 from neuronsurgery.pytorch.places import Place, Slots
 from neuronsurgery.pytorch.reading import is_torch
+from neuronsurgery.pytorch.sharding import is_sharded
+from neuronsurgery.pytorch.transaction import Call, keep
 
-__all__ = ["Init", "check_drawing", "draw", "generator_kept", "scratch_of", "seed_for", "seeded"]
+__all__ = [
+    "Drawn",
+    "Init",
+    "check_drawing",
+    "draw",
+    "drawn_alike",
+    "generator_kept",
+    "own_seed",
+    "scratch_of",
+    "seed_for",
+    "seeded",
+]
 
 Init = Callable[[Tensor], object]
 
@@ -42,7 +57,15 @@ def check_drawing(init: Any, generator: Any) -> None:
 
 
 def seed_for(generator: torch.Generator | None, operation: int) -> int:
-    """The seed of an operation: drawn from `generator`, else from `torch.initial_seed()` and the operation's number."""
+    """The seed of an operation: drawn from `generator`, else from `torch.initial_seed()` and the operation's number.
+
+    Of a model that several processes hold it is the first one's; each advances its generator.
+    """
+    return agreed_number("the seed", own_seed(generator, operation))
+
+
+def own_seed(generator: torch.Generator | None, operation: int) -> int:
+    """As `seed_for`, of this process alone."""
     if generator is None:
         return (torch.initial_seed() * 1_000_003 + operation) % 2**63
     return int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
@@ -51,13 +74,33 @@ def seed_for(generator: torch.Generator | None, operation: int) -> int:
 @contextmanager
 def generator_kept(generator: torch.Generator | None) -> Iterator[None]:
     """An operation that fails leaves the generator as it was."""
-    state = None if generator is None else generator.get_state()
+    if generator is None:
+        yield
+        return
+    kept = Call(functools.partial(generator.set_state, generator.get_state()))
+    keep(kept)
     try:
         yield
     except BaseException:
-        if generator is not None and state is not None:
-            generator.set_state(state)
+        kept.revert()
         raise
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Fresh rows of one site's units, for each of its slots as of `draw`, and how they were drawn."""
+
+    place: Place
+    units: Tensor
+    fresh: list[Tensor | None]
+    notes: tuple[str, ...]
+
+
+def drawn_alike(chosen: Sequence[tuple[Place, Tensor]], init: Init | None, seed: int) -> list[Drawn]:
+    """Fresh rows for the units of each site; of a model that several processes hold the first one's, bit for bit."""
+    drawn = [Drawn(place, units, *draw(place, units, init, seed)) for place, units in chosen]
+    shared = iter(same_rows("the fresh rows", [rows for each in drawn for rows in each.fresh]))
+    return [replace(each, fresh=[next(shared) for _ in each.fresh]) for each in drawn]
 
 
 def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[list[Tensor | None], tuple[str, ...]]:
@@ -92,8 +135,8 @@ def draw(place: Place, units: Tensor, init: Init | None, seed: int) -> tuple[lis
 
 
 def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None, str]:
-    weight = torch.full_like(place.weight, torch.nan, requires_grad=False)
-    bias = None if place.slots[1] is None else torch.zeros_like(place.slots[1].tensor, requires_grad=False)
+    weight = empty_like(place.weight).fill_(torch.nan)
+    bias = None if place.slots[1] is None else empty_like(place.slots[1].tensor).zero_()
     owner = place.owners[0][0]
     if init is not None:
         init(weight)
@@ -103,7 +146,8 @@ def _whole_layer(place: Place, init: Init | None) -> tuple[Tensor, Tensor | None
         scratch = scratch_of(owner)
         scratch.reset_parameters()
         return scratch.weight.detach(), None if bias is None else scratch.bias.detach(), ""
-    values = place.weight.detach().float()
+    assert place.slots[0] is not None, "a place has a weight"
+    values = place.slots[0].rows().float()
     std = float(values.std() if values.numel() > 1 else values.abs())
     return weight.normal_(0.0, std), bias, f"{place.site.name}: no initializer of its own; drew normal(0, {std:.3g})"
 
@@ -127,18 +171,25 @@ def _path_tensor(slots: Slots | None) -> Tensor | None:
         scratch = scratch_of(slots.owner)
         scratch.reset_parameters()
         return getattr(scratch, slots.attribute).detach()  # type: ignore[no-any-return]
-    fill = float(slots.tensor.detach().float().mean()) if slots.fresh is None else slots.fresh
-    return torch.full_like(slots.tensor, fill, requires_grad=False)
+    fill = float(slots.rows().float().mean()) if slots.fresh is None else slots.fresh
+    return empty_like(slots.tensor).fill_(fill)
 
 
 def scratch_of(module: nn.Module) -> Any:
     """A module of the same class and settings with uninitialized parameters of its own, without hooks or banks."""
     scratch: Any = object.__new__(original_class(module))
     scratch.__dict__.update(module.__dict__)
-    parameters = {n: p if p is None else nn.Parameter(torch.empty_like(p)) for n, p in module._parameters.items()}
+    parameters = {n: p if p is None else nn.Parameter(empty_like(p)) for n, p in module._parameters.items()}
     buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     scratch.__dict__.update(_parameters=parameters, _modules={}, _buffers=buffers)
     return scratch
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """An uninitialized tensor of the same shape, all of it here: what is drawn does not depend on how it is sharded."""
+    if is_sharded(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_like(tensor, requires_grad=False)
 
 
 @contextmanager

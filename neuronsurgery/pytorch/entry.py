@@ -17,13 +17,16 @@ from neuronsurgery.pytorch.attaching import attach
 from neuronsurgery.pytorch.consolidating import consolidate
 from neuronsurgery.pytorch.continual import continual_backprop
 from neuronsurgery.pytorch.continuous import ccbp
-from neuronsurgery.pytorch.drawing import check_drawing, seed_for
+from neuronsurgery.pytorch.distributed import agreed_units, is_shared, replicated, together
+from neuronsurgery.pytorch.drawing import check_drawing, own_seed
 from neuronsurgery.pytorch.evidence import observe, probe
+from neuronsurgery.pytorch.flattening import flatten
 from neuronsurgery.pytorch.injecting import inject
 from neuronsurgery.pytorch.inspecting import check
 from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
+from neuronsurgery.pytorch.pooling import pooled
 from neuronsurgery.pytorch.regularizing import l2, regenerative, spectral
 from neuronsurgery.pytorch.renewing import consumers, reset_units
 from neuronsurgery.pytorch.resetting import reset, reset_optimizer, scale_head, shrink_and_perturb
@@ -39,6 +42,7 @@ from neuronsurgery.sites import Sites
 __all__ = [
     "accept",
     "ages",
+    "agreed_units",
     "attach",
     "ccbp",
     "check",
@@ -49,15 +53,19 @@ __all__ = [
     "consumers",
     "continual_backprop",
     "discover",
+    "flatten",
     "inject",
+    "is_shared",
     "l2",
     "measure",
     "mirror",
     "observe",
     "operate",
+    "pooled",
     "probe",
     "reborn",
     "regenerative",
+    "replicated",
     "reset",
     "reset_optimizer",
     "reset_units",
@@ -66,6 +74,7 @@ __all__ = [
     "seed",
     "shrink_and_perturb",
     "spectral",
+    "together",
     "undo",
     "upgd",
     "watch",
@@ -106,7 +115,7 @@ def seed(model: nn.Module, generator: torch.Generator | None) -> int:
     """The seed for choices made before the next operation on this model; the generator is for that to advance."""
     check_drawing(None, generator)
     state = None if generator is None else generator.get_state()
-    found = seed_for(generator, next_operation(unwrap(model)))
+    found = own_seed(generator, next_operation(unwrap(model)))
     if generator is not None and state is not None:
         generator.set_state(state)
     return found

@@ -10,10 +10,11 @@ of a noisy layer: the weight itself has no gradient that is kept.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -25,15 +26,19 @@ from torch.utils.hooks import RemovableHandle
 from neuronsurgery.errors import EvidenceError
 from neuronsurgery.evidence import WITH_BIAS, Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
-from neuronsurgery.pytorch.models import left_alone, run_model, unwrap
+from neuronsurgery.pytorch.distributed import added
+from neuronsurgery.pytorch.fsdp import is_gathered, stand_in
+from neuronsurgery.pytorch.models import left_alone, run_model, unwrap, wrappers_of
 from neuronsurgery.pytorch.operating import banked_names
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.rewriting import class_changes
 from neuronsurgery.pytorch.sampling import EVEN, Sampling, Weights, sums_by_unit
+from neuronsurgery.pytorch.sharding import held, is_sharded, shard_of, squared_norms
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, discover
 from neuronsurgery.pytorch.swapped import swapped_in
 from neuronsurgery.pytorch.taps import Sink, listening
 from neuronsurgery.pytorch.transaction import run
+from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
 __all__ = [
     "ACTIVATIONS",
@@ -91,9 +96,31 @@ def check_source(evidence: Evidence, model: nn.Module) -> None:
         )
 
 
+def norms_of(slots: Sequence[tuple[Tensor, UnitAxes | None]]) -> list[Tensor]:
+    """The 2-norms of all units' rows of tensors, (num_units,) each; of sharded ones in one exchange of these numbers.
+
+    Of None as axes, one value that all units share.
+    """
+    shared = [(tensor, axes or ROWS) for tensor, axes in slots if is_sharded(tensor)]
+    if not shared:
+        return [_own_norms(tensor, axes) for tensor, axes in slots]
+    squares = [squared_norms(tensor, _own_norms(held(tensor), axes), axes) for tensor, axes in shared]
+    found = iter(added("norms of rows", squares, shared[0][0]))
+    return [
+        next(found).sqrt().to(torch.promote_types(tensor.dtype, torch.float32))
+        if is_sharded(tensor)
+        else _own_norms(tensor, axes)
+        for tensor, axes in slots
+    ]
+
+
+def _own_norms(tensor: Tensor, axes: UnitAxes | None) -> Tensor:
+    return row_norms(tensor.detach().reshape(1) if axes is None else axes.rows(tensor.detach()))
+
+
 def row_norms(values: Tensor) -> Tensor:
     """2-norms of a weight's rows in float32 or better: (num_units, ...) -> (num_units,)."""
-    flat = values.detach().reshape(len(values), -1)
+    flat = values.detach().flatten(1) if values.dim() > 1 else values.detach()[:, None]
     norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
     return norms
 
@@ -109,25 +136,31 @@ class Gradients:
 
 def _norms(places: dict[str, Place], gradients: Gradients) -> tuple[dict[str, Norms], dict[str, Norms]]:
     """The norms of rows and their gradients, and the same with the biases, of no site where they are not measured."""
-    plain = {
-        name: (row_norms(places[name].rows(places[name].weight)), row_norms(places[name].rows(gradient)))
-        for name, gradient in gradients.weights.items()
-    }
+    asked: dict[tuple[str, str], tuple[Tensor, UnitAxes | None]] = {}
+    for name, gradient in gradients.weights.items():
+        place = places[name]
+        asked[name, "weight"] = (place.weight, place.product.axes)
+        asked[name, "gradient"] = (gradient, place.product.axes)
+        if gradients.biases is not None and place.bias is not None:
+            asked[name, "bias"] = (place.bias.tensor, place.bias.axes)
+            if (of_bias := gradients.biases.get(name)) is not None:
+                asked[name, "gradient of bias"] = (of_bias, place.bias.axes)
+    norms = dict(zip(asked, norms_of(list(asked.values())), strict=True))
+    plain = {name: (norms[name, "weight"], norms[name, "gradient"]) for name in gradients.weights}
     if gradients.biases is None:
         return plain, {}
-    return plain, {name: _with_bias(places[name], plain[name], gradients.biases.get(name)) for name in plain}
+    return plain, {
+        name: (
+            _joined(weight, norms.get((name, "bias"))),
+            _joined(gradient, norms.get((name, "gradient of bias"))),
+        )
+        for name, (weight, gradient) in plain.items()
+    }
 
 
-def _with_bias(place: Place, norms: Norms, gradient: Tensor | None) -> Norms:
+def _joined(norm: Tensor, bias: Tensor | None) -> Tensor:
     """Norms with one more entry; a bias without a gradient stands still, and no bias adds nothing."""
-    slots = place.bias
-    if slots is None:
-        return norms
-    weight_norm, gradient_norm = norms
-    bias_norm = row_norms(slots.rows())
-    if gradient is not None:
-        gradient_norm = torch.hypot(gradient_norm, row_norms(replace(slots, tensor=gradient).rows()).to(gradient_norm))
-    return torch.hypot(weight_norm, bias_norm.to(weight_norm)), gradient_norm
+    return norm if bias is None else torch.hypot(norm, bias.to(norm))
 
 
 def record_step(
@@ -207,6 +240,11 @@ def observe(
     check_banks_in_place(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(model.named_parameters()))
+    if not optimizers and is_gathered(model):
+        raise EvidenceError(
+            "observe(model) sees gradients as they arrive at parameters, and FSDP reduces them beside these. Pass the "
+            "optimizer: observe(model, optimizer)"
+        )
     evidence = Evidence(discovery.sites, source=weakref.ref(model))
     clock = Clock(every)
     with ExitStack() as stack:
@@ -262,8 +300,13 @@ def _after_backward(
 ) -> Iterator[None]:
     """Without an optimizer every backward pass is a step: its gradients are complete when the engine is done."""
     pending: list[bool] = []
+    later = torch.autograd.Variable._execution_engine.queue_callback
 
     def finish() -> None:
+        # After what others asked for until now: replicas reduce their gradients then.
+        later(record)
+
+    def record() -> None:
         pending.clear()
         if clock.is_on and (gradients := gradients_of(discovery.learning, needs)).weights:
             scaling = Scaling.of_scaler(scaler, next(iter(gradients.weights.values())).device)
@@ -273,7 +316,7 @@ def _after_backward(
     def arrived(_: Tensor) -> None:
         if not pending:
             pending.append(True)
-            torch.autograd.Variable._execution_engine.queue_callback(finish)
+            later(finish)
 
     handles = [
         place.weight.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
@@ -310,11 +353,20 @@ def tapped(discovery: Discovery, evidence: Evidence, clock: Clock, sampling: Sam
 def heard(discovery: Discovery, sinks: Mapping[int, Sink]) -> Iterator[None]:
     """Let sinks hear the activations of sites, by the ids of their weights, for as long as the context is open."""
     try:
-        with listening(sinks):
+        with listening(sinks, _stand_ins(discovery)):
             _rewrite(discovery)
             yield
     finally:  # for the banks that are there by now, and for those who still listen
         _rewrite(discovery)
+
+
+def _stand_ins(discovery: Discovery) -> dict[int, Callable[[], Any]]:
+    """What a forward pass has in the place of each sharded weight, by the weight's id."""
+    return {
+        id(place.weight): functools.partial(stand_in, place.weight, discovery.model)
+        for place in discovery.places.values()
+        if is_sharded(place.weight)
+    }
 
 
 def _rewrite(discovery: Discovery) -> None:
@@ -342,12 +394,21 @@ class SiteSink:
 
     def add(self, h: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
         total, count = sums_by_unit(by_unit(self.place, h.abs(), axes), weights)
-        self._count(total, count, Quantity.ACTIVATION)
+        self._count(self._of_all(total), count, Quantity.ACTIVATION)
 
     def add_gradient(self, gradient: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> None:
         total, count = sums_by_unit(by_unit(self.place, gradient.abs(), axes), weights)
         total = Scaling.of_scaler(self.sampling.scaler, total.device).unscaled(total)
-        self._count(total, count, Quantity.ACTIVATION_GRADIENT)
+        self._count(self._of_all(total), count, Quantity.ACTIVATION_GRADIENT)
+
+    def _of_all(self, total: Tensor) -> Tensor:
+        """Sums for all units, where this process computes some of them: times the processes, which all add theirs."""
+        if not self.place.is_split:
+            return total
+        weight: Any = self.place.weight
+        found = total.new_zeros(self.place.site.num_units)
+        found[shard_of(weight).rows(self.place.product.axes)] = total * weight.device_mesh.size()
+        return found
 
     def _count(self, total: Tensor, count: Tensor | int, quantity: Quantity) -> None:
         counts = total.isfinite().all()  # a pass that overflows, as under a gradient scaler, does not
@@ -357,7 +418,8 @@ class SiteSink:
 
 def by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The activations of each unit, (num_units, num_samples), of those that have their units on these axes."""
-    return h.movedim(axes, tuple(range(len(axes)))).reshape(place.site.num_units, -1)
+    rows = h.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
+    return rows.reshape(len(rows), -1)
 
 
 # -- on batches of its own -------------------------------------------------------------------------------------------
@@ -377,7 +439,12 @@ def probe(
             "batches is a tensor; pass a list of batches, [batch], so that its rows are not taken for them"
         )
     sampling = Sampling(weights=weights)
-    inner = unwrap(model)
+    inner, measured = unwrap(model), without_replica(model)
+    if is_gathered(inner):
+        raise EvidenceError(
+            "probe(model, ...) runs backward passes of its own, after which FSDP would reduce their gradients into "
+            "those of training. Measure in training: surgery.observe(model, optimizer)"
+        )
     discovery = discover(inner, include=sites)
     check_banks_in_place(discovery)
     if not discovery.learning:
@@ -389,7 +456,7 @@ def probe(
     with left_alone(inner), tapped(discovery, evidence, Clock(1), sampling):
         for batch in batches:
             with torch.enable_grad():
-                loss = loss_fn(model, batch)
+                loss = loss_fn(measured, batch)
             _check_loss(loss)
             record_step(evidence, discovery.learning, _gradients_by(loss, discovery.learning))
     if evidence.num_steps + evidence.num_skipped == 0:
@@ -418,5 +485,12 @@ def _check_loss(loss: Any) -> None:
 
 def example_outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     """The output tensors of a forward pass with their graph, the model left as it was."""
+    inner = without_replica(model)
     with left_alone(unwrap(model)), torch.enable_grad():
-        return [t for t in pytree.tree_leaves(run_model(model, batch)) if isinstance(t, Tensor)]
+        return [t for t in pytree.tree_leaves(run_model(inner, batch)) if isinstance(t, Tensor)]
+
+
+def without_replica(model: nn.Module) -> nn.Module:
+    """The model out of a wrapper that would take a pass for one of training, whose gradients it waits for."""
+    replicas = [each for each in wrappers_of(model) if isinstance(each, nn.parallel.DistributedDataParallel)]
+    return replicas[-1].module if replicas else model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from neuronsurgery.composites import Rows
+from neuronsurgery.composites import Rows, as_steps
 from neuronsurgery.errors import OptimizerError, PlanError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
@@ -29,12 +29,14 @@ from neuronsurgery.pytorch.transaction import Change
 __all__ = ["Follow", "check_retire", "fades_followed", "is_faded_by", "require_counted"]
 
 
-def check_retire(retire: int | None) -> None:
+def check_retire(retire: int | None, *, is_needed: bool = False) -> None:
     """Refuse what is no number of steps.
 
     Raises:
         PlanError: it is none.
     """
+    if retire is None and is_needed:
+        raise PlanError("retire is None; without knowledge there is nothing to keep: pass a number of optimizer steps")
     if retire is not None and (isinstance(retire, bool) or not isinstance(retire, int) or retire < 1):
         raise PlanError(
             f"retire is {retire!r}; it is a number of optimizer steps, at least 1, or None to keep the rows"
@@ -124,7 +126,7 @@ class Entry:
         if self.known is None or self.known[0] is not bank.rows or self.known[1].device != bank.fade.device:
             mask, room = bank.rows.fading_by(self.column), len(bank.fade)
             births, retire = np.zeros(room, np.float32), np.full(room, np.inf, np.float32)
-            births[: len(mask)][mask] = bank.rows.births[mask, self.column]
+            births[: len(mask)][mask] = as_steps(bank.rows.births[mask, self.column])
             retire[: len(mask)][mask] = bank.rows.retire[mask]
             first, second = (torch.from_numpy(values).to(bank.fade.device) for values in (births, retire))
             self.known, self.end = (bank.rows, first, second), int(mask.any())

@@ -129,7 +129,7 @@ def _renewed(place: Place) -> list[bool]:
 
 
 def _shapes(place: Place) -> list[tuple[int, ...] | None]:
-    return [None if slots is None else tuple(slots.rows().shape[1:]) for slots in place.slots]
+    return [None if slots is None else tuple(slots.row_shape) for slots in place.slots]
 
 
 def check_mirrored(place: Place, surplus: Sequence[Key]) -> None:

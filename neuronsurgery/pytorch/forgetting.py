@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neuronsurgery.composites import NOT_COUNTED, Rows, as_births, as_steps
 from neuronsurgery.errors import OptimizerError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.corrections import CORRECTIONS
@@ -184,22 +186,36 @@ class _Trial:
 
 
 def born_with_parameters(place: Place, optimizers: Sequence[Optimizer], parameters: Sequence[nn.Parameter]) -> Later:
-    """Note in the bank of a place that its rows are born now, as all others of these parameters."""
+    """Note in the bank of a place that its rows are born now, as all others of these parameters.
+
+    Rows that are fading go on where they are, in an optimizer that counts anew too: they keep their age.
+    """
+    renewed = enumerate(None if slots is None else slots.parameter for slots in place.renewed)
+    reset = {
+        column: (parameter, optimizer_state.current_step(optimizers, parameter))
+        for column, parameter in renewed
+        if parameter is not None and any(parameter is one for one in parameters)
+    }
 
     def changes() -> Iterator[Change]:
         bank = place.bank
         assert bank is not None
         births = np.array(bank.rows.births)
-        for column, slots in enumerate(place.renewed):
-            parameter = None if slots is None else slots.parameter
-            if parameter is None or not any(parameter is one for one in parameters):
-                continue
+        for column, (parameter, before) in reset.items():
             now = optimizer_state.current_step(optimizers, parameter)
-            if now is not None:
-                births[:, column] = np.where(births[:, column] < 0, births[:, column], now)
+            if now is not None and before is not None:
+                births[:, column] = _born_anew(bank.rows, column, now, before)
         yield SetItem(vars(bank), "rows", replace(bank.rows, births=births))
 
     return Later(changes)
+
+
+def _born_anew(rows: Rows, column: int, now: int, before: int) -> NDArray[np.int64]:
+    """The births of one parameter's rows, (num_rows,), after its count was set from `before` to `now`."""
+    births = rows.births[:, column]
+    keeps_age = rows.fading_by(column) & (births <= before)
+    known = np.where(keeps_age, as_births(as_steps(births) + now - before), now)
+    return np.where(births == NOT_COUNTED, births, known)
 
 
 def copies_of(optimizers: Sequence[Optimizer], parameter: nn.Parameter) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
+from neuronsurgery.pytorch.sharding import held, is_sharded, is_sharded_alike, own_units
 from neuronsurgery.pytorch.step_hooks import HOOK_CALLER
 from neuronsurgery.pytorch.transaction import WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
@@ -47,7 +48,7 @@ class Refresh:
 
     def apply(self) -> None:
         self.writes = [
-            WriteRows(entry, self.rows.to(entry.device), values, self.axes)
+            WriteRows(entry, own_units(self.parameter, self.rows, self.axes).to(entry.device), values, self.axes)
             for entry, values in fresh_rows(self.optimizer, self.group, self.parameter, self.rows, self.axes)
         ]
         for write in self.writes:
@@ -60,14 +61,18 @@ class Refresh:
 def fresh_rows(
     optimizer: Optimizer, group: Group, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes = ROWS
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return (state tensor of the parameter's shape, its fresh rows (r, *row_shape)) for each such tensor."""
-    weights = axes.take(parameter.detach(), rows.to(parameter.device))
+    """Return (state tensor of the parameter's shape, its fresh rows (r, *row_shape)) for each such tensor.
+
+    Of a sharded parameter it is the part that this process holds, and `own_units` of the rows.
+    """
+    weights = axes.take(held(parameter.detach()), own_units(parameter, rows, axes).to(parameter.device))
     _, fresh = _scratch_step(optimizer, group, weights, torch.zeros_like(weights))
     pairs: list[tuple[Tensor, Tensor]] = []
     for key, entry in optimizer.state[parameter].items():
         if is_shared(key, entry, parameter):
             continue
         _refuse_shape(optimizer, key, entry, parameter)
+        entry = held(entry)
         if key in COPIES and key not in fresh:  # a wrapper's, in the state of the optimizer that it holds
             pairs.append((entry, weights))
             continue
@@ -84,6 +89,11 @@ def refresh_coupled(
     optimizer: Optimizer, parameter: nn.Parameter, rows: Tensor, axes: UnitAxes, means: Collection[str]
 ) -> list[WriteRows]:
     """Plan the writes for a class that couples rows: these entries take the other rows' mean, momentum becomes zero."""
+    if is_sharded(parameter):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} couples the rows of a parameter of shape {tuple(parameter.shape)}, which is "
+            f"sharded over processes; {_ELEMENT_WISE}"
+        )
     if axes != ROWS:
         raise OptimizerError(
             f"{type(optimizer).__name__} couples the rows of a parameter of shape {tuple(parameter.shape)}, and its "
@@ -109,7 +119,9 @@ def is_shared(key: str, entry: object, parameter: Tensor) -> bool:
 
 
 def _refuse_shape(optimizer: Optimizer, key: str, entry: object, parameter: nn.Parameter) -> None:
-    if isinstance(entry, Tensor) and type(entry) not in (Tensor, nn.Parameter):
+    if is_sharded(parameter) and is_sharded_alike(entry, parameter):
+        return
+    if isinstance(entry, Tensor) and (type(entry) not in (Tensor, nn.Parameter) or is_sharded(parameter)):
         raise OptimizerError(
             f"{type(optimizer).__name__} keeps its state {key!r} of a parameter of shape {tuple(parameter.shape)} as "
             f"{type(entry).__name__}, which cannot be read and written row by row. {_ELEMENT_WISE}"
@@ -139,7 +151,7 @@ def refuse_coupled(optimizer: Optimizer, group: Group, parameter: nn.Parameter, 
     is_single = (parameter.shape[0] if axes == ROWS else parameter.numel()) < 2
     shape = axes.few_units(parameter.shape)
     generator = torch.Generator().manual_seed(0)
-    weights, *gradients = torch.randn((7, *shape), generator=generator).to(parameter.detach())
+    weights, *gradients = torch.randn((7, *shape), generator=generator).to(held(parameter.detach()))
     kept = torch.zeros(shape, dtype=torch.bool, device=weights.device)
     kept[... if is_single else 0 if axes == ROWS else (0,) * len(shape)] = True
     scales = (torch.tensor([0.0, 3.0, 0.1, 30.0, 0.0, 1.0]).to(weights), torch.ones(6).to(weights))

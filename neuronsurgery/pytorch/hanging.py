@@ -10,16 +10,18 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from neuronsurgery.pytorch.composites import PASSED_BY, Composite
+from neuronsurgery.pytorch.composites import PASSED_BY, Composite, shard_rows
 from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.sharding import is_alike, is_sharded, is_spread, whole
 from neuronsurgery.pytorch.transaction import Change, Overwrite, RemoveItem, SetItem
 
-__all__ = ["hang", "take_down"]
+__all__ = ["hang", "hang_as_sharded", "take_down"]
 
 
 def hang(place: Place, bank: Composite) -> Iterator[Change]:
     """Hang a bank at its place, or bring the one that is there up to it: in place wherever the capacity suffices."""
     old = place.bank
+    shard_rows(place.weight, bank, place.is_split)
     if old is None:
         for owner, name in place.owners:
             yield SetItem(owner._modules, name, bank)
@@ -33,11 +35,25 @@ def hang(place: Place, bank: Composite) -> Iterator[Change]:
     for values, held in pairs:
         for name, value in values.items():
             current = held[name]
-            if current is not None and value is not None and current.shape == value.shape:
+            if current is not None and value is not None and is_alike(current, value):
                 yield Overwrite(current, value)
             else:
                 yield SetItem(held, name, value)
     yield SetItem(vars(old), "rows", bank.rows)
+    if old.split != bank.split:
+        yield SetItem(vars(old), "split", bank.split)
+
+
+def hang_as_sharded(place: Place) -> Iterator[Change]:
+    """Hang a bank anew that was made before its layer was sharded: its rows are to be held as the layer's are."""
+    bank = place.bank
+    if bank is None or not is_sharded(place.weight) or is_spread(bank.frozen_weight):
+        return
+    values = [bank.live(name) for name in bank.buffer_names()]
+    fade = whole(bank.live_fade())
+    again = Composite(place.product, place.path, place.site.num_units, bank.rows, values, place.recipe, fade)
+    again.site = bank.site
+    yield from hang(place, again)
 
 
 def take_down(place: Place) -> Iterator[Change]:

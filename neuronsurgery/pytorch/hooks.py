@@ -25,7 +25,9 @@ __all__ = [
     "may_change_input",
     "may_change_output",
     "run_hooks",
+    "parallelizes",
     "run_pre_hooks",
+    "splits",
 ]
 
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -34,7 +36,34 @@ _FILLING = frozenset("append appendleft add update extend insert __setitem__".sp
 
 def may_change_output(module: nn.Module) -> bool:
     """Whether a forward hook on the module may return a new output, or change the one it gets in place."""
-    return any(not returns_none(hook) or works_in_place(hook) for hook in module._forward_hooks.values())
+    return any(
+        not (shards(hook) or splits(hook)) and (not returns_none(hook) or works_in_place(hook))
+        for hook in module._forward_hooks.values()
+    )
+
+
+def shards(hook: Any) -> bool:
+    """Whether a hook is one by which FSDP gathers parameters, and passes on what it gets, in another dtype at most."""
+    function = function_of(hook)
+    return function is not None and function.__module__.startswith("torch.distributed.fsdp.")
+
+
+def parallelizes(hook: Any) -> bool:
+    """Whether a hook is one by which tensor parallelism spreads what goes in or comes out."""
+    function = function_of(hook)
+    return function is not None and function.__module__.startswith("torch.distributed.tensor.")
+
+
+def splits(hook: Any) -> bool:
+    """Whether a hook is `ColwiseParallel`'s, and leaves each process with the outputs of its own units."""
+    if not parallelizes(hook):
+        return False
+    function: Any = function_of(hook)
+    made: Any = inspect.getclosurevars(function).nonlocals.get("output_fn")
+    if not isinstance(made, functools.partial) or made.func.__qualname__ != "ColwiseParallel._prepare_output_fn":
+        return False
+    (layout,), is_local = made.args
+    return bool(is_local and layout.is_shard(-1))
 
 
 def may_change_input(module: nn.Module) -> bool:
@@ -45,7 +74,8 @@ def may_change_input(module: nn.Module) -> bool:
 def forbids_inlining(module: nn.Module) -> bool:
     """Whether hooks of a module need its own call, because they may change what passes, or run in the backward pass."""
     runs_backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(runs_backward) or may_change_input(module) or may_change_output(module)
+    gathers = any(shards(hook) for hook in module._forward_hooks.values())
+    return bool(runs_backward) or gathers or may_change_input(module) or may_change_output(module)
 
 
 def has_hooks(module: nn.Module) -> bool:

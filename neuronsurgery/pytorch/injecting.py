@@ -26,6 +26,7 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.drawing import Init, check_drawing, generator_kept, seed_for
 from neuronsurgery.pytorch.forgetting import forget
 from neuronsurgery.pytorch.fresh_layers import Fresh, fresh_layers
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.injected import CHILD, Injected, Injection, injected_class
 from neuronsurgery.pytorch.layers import Owned, owned_by
 from neuronsurgery.pytorch.mirroring import submodule
@@ -47,6 +48,7 @@ def inject(
     generator: torch.Generator | None = None,
 ) -> LayerReport:
     """Inject plasticity into a module of a model; see `neuronsurgery.surgery.plasticity_injection`."""
+    require_whole(model, "plasticity_injection")
     check_model(model)
     model = unwrap(model)
     optimizers = optimizer_state.as_optimizers(optimizer)

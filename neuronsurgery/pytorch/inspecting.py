@@ -15,6 +15,8 @@ from neuronsurgery.checks import Check, Problem, merged, of_mirror
 from neuronsurgery.errors import SurgeryError
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import PASSED_BY, Composite
+from neuronsurgery.pytorch.digests import weights_of
+from neuronsurgery.pytorch.distributed import differing, is_shared, named
 from neuronsurgery.pytorch.inspecting_banks import bank_problems, notes
 from neuronsurgery.pytorch.inspecting_optimizers import age_problems, owner_problems
 from neuronsurgery.pytorch.inspecting_rewrites import rewrite_problems
@@ -39,6 +41,7 @@ def check(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = 
         label = f"mirrors[{index}]"
         problems += of_mirror(label, _check(unwrap(target), ()))
         problems += _mirror_problems(unwrap(model), unwrap(target), label)
+    problems += _replica_problems(unwrap(model))
     return Check(merged(problems), found.notes)
 
 
@@ -86,6 +89,14 @@ def _mirror_problems(model: nn.Module, target: nn.Module, label: str) -> Iterato
         if found:
             remedy = "surgery.mirror(model, onto=target) after every operation"
             yield Problem("mirror", f"{label}: {name}", " and ".join(found), remedy)
+
+
+def _replica_problems(model: nn.Module) -> Iterator[Problem]:
+    """What the processes that hold the model do not hold alike; of a model that nothing wraps there is one."""
+    for name, ranks in differing("the model", weights_of(model) if is_shared(model) else {}).items():
+        found = f"on {named(ranks)} it holds something else than on process 0"
+        remedy = "load one state on all processes, and operate on what DistributedDataParallel made of the model"
+        yield Problem("replica", name, found, remedy)
 
 
 def _offset_problems(discovery: Discovery) -> Iterator[Problem]:

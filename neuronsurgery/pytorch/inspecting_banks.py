@@ -13,8 +13,11 @@ from neuronsurgery.checks import Problem, moved_note
 from neuronsurgery.composites import Rows, room_for
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.distributed import taken
 from neuronsurgery.pytorch.places import Place, Slots
+from neuronsurgery.pytorch.sharding import room_in
 from neuronsurgery.pytorch.sites import Discovery
+from neuronsurgery.pytorch.unit_axes import ROWS
 from neuronsurgery.tables import counted, listed
 
 __all__ = ["bank_problems", "latest_rows", "notes"]
@@ -131,9 +134,10 @@ def _misfit(buffer: str, value: Tensor | None, slots: Slots | None, room: int) -
         return
     if value is None or slots is None:
         return
+    room = room_in(value, room)
     if len(value) != room:
         yield f"'{buffer}' has room for {len(value)} rows, its structure asks for {room}"
-    shape = slots.rows().shape[1:]
+    shape = slots.row_shape
     if value.shape[1:] != shape:
         yield f"'{buffer}' has rows of shape {tuple(value.shape[1:])}, the layer's are {tuple(shape)}"
     if (value.dtype, value.device) != (slots.tensor.dtype, slots.tensor.device):
@@ -201,7 +205,7 @@ def _equals(place: Place, bank: Composite, units: Tensor, sign: int) -> Tensor:
     for buffer, slots in zip(place.buffer_names, place.renewed, strict=True):
         frozen = getattr(bank, buffer)
         if slots is not None and frozen is not None:
-            now, then = slots.take(units), frozen.index_select(0, index)
+            now, then = slots.take(units), taken(f"frozen rows of {bank.site!r}", frozen, index, ROWS)
             same &= (now == then.to(now)).reshape(len(units), -1).all(dim=1)
     return same
 
@@ -231,8 +235,9 @@ def _num_silent(place: Place, units: Tensor, optimizers: Sequence[Optimizer]) ->
     now = optimizer_state.age_clock(optimizers, place.weight)
     if place.weight.grad is None or place.bank is None or now is None:
         return None
-    rows, latest = place.bank.rows, latest_rows(place.bank.rows, sign=-1)
-    if not all(0 <= rows.births[latest[unit], 0] < now for unit in units.tolist()):
+    steps, latest = place.bank.rows.steps(0), latest_rows(place.bank.rows, sign=-1)
+    born = [steps[latest[unit]] for unit in units.tolist()]
+    if any(step is None or step >= now for step in born):
         return None
-    gradient = place.product.axes.take(place.weight.grad, units)
+    gradient = taken("gradients of rows", place.weight.grad, units, place.product.axes)
     return int((gradient == 0).reshape(len(gradient), -1).all(dim=1).sum())

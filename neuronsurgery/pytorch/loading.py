@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.sharding import is_sharded, sharded_like
 
 __all__ = ["Load"]
 
@@ -27,10 +28,21 @@ class Load:
         values: dict[int, Tensor] = {}  # tied tensors are kept once
         self.before = [_Kept(module, values) for module in self.model.modules()]
         ties = _ties(self.model) if self.assign else []
-        self.model.load_state_dict(self.state(), strict=self.strict, assign=self.assign)
+        self.model.load_state_dict(self._sharded(self.state()), strict=self.strict, assign=self.assign)
         for (first, name), *others in ties:  # assigned by name, each would be a tensor of its own
             for module, other in others:
                 module._parameters[other] = first._parameters[name]
+
+    def _sharded(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state dict with what is whole in it sharded as the model's own parameters are; nothing is sent."""
+        own = self.model.named_parameters(remove_duplicate=False)
+        sharded = {name: parameter for name, parameter in own if is_sharded(parameter)}
+        found = copy.copy(state)
+        for name, parameter in sharded.items():
+            value = state.get(name)
+            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == parameter.shape:
+                found[name] = sharded_like(parameter, value)  # type: ignore[index]
+        return found
 
     def revert(self) -> None:
         for kept in self.before:

@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from neuronsurgery.pytorch.composites import Composite
 
-__all__ = ["Absent", "Guard", "Impurity", "Mirror", "Steps", "mirror_of", "original_class", "unswallowed"]
+__all__ = [
+    "GENERATED",
+    "Absent",
+    "Guard",
+    "Impurity",
+    "Mirror",
+    "Steps",
+    "class_without_rewrite",
+    "mirror_of",
+    "original_class",
+    "unswallowed",
+]
 
 Steps = tuple[tuple[str, Any], ...]
 
@@ -223,8 +234,36 @@ def mirror_class(cls: Any) -> type[nn.Module]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The user's own class of a module, also when surgery exchanged it for a generated one."""
-    return getattr(type(module), "_neuronsurgery_original", type(module))
+    """The user's own class of a module, also when surgery exchanged it for a generated one, or FSDP for its own."""
+    cls = getattr(type(module), "_neuronsurgery_original", type(module))
+    while _is_swapped(cls):
+        cls = cls.__bases__[1]
+    return cls
+
+
+def class_without_rewrite(module: nn.Module) -> type[nn.Module]:
+    """What the class of a module would be had surgery not exchanged it; FSDP may have swapped it before or since."""
+    cls: Any = type(module)
+    if getattr(cls, GENERATED, cls) is not cls and _is_swapped(cls):
+        return _swapped_alone(cls)  # type: ignore[no-any-return]
+    return getattr(cls, "_neuronsurgery_original", cls)  # type: ignore[no-any-return]
+
+
+GENERATED = "_neuronsurgery_generated"
+"""The attribute of a generated class that is the class itself; of a class derived from it, it is another one."""
+
+
+def _is_swapped(cls: type[nn.Module]) -> bool:
+    """Whether a class is one that FSDP makes of another on the way: a base of its own before the other, and no more."""
+    return cls.__bases__[0].__module__.startswith("torch.distributed.fsdp")
+
+
+@functools.cache
+def _swapped_alone(cls: Any) -> Any:
+    """A class that FSDP made of a generated one, made of the user's own instead."""
+    bases = tuple(getattr(base, "_neuronsurgery_original", base) for base in cls.__bases__)
+    names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, names)
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

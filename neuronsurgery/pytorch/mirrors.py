@@ -19,6 +19,7 @@ from neuronsurgery.errors import MirrorError, SiteError
 from neuronsurgery.mirrors import Mirrored, MirrorReport
 from neuronsurgery.pytorch.checking import MovedOutput, SameOutput, check_composite, moved_activations
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.distributed import by_itself
 from neuronsurgery.pytorch.fading import Follow
 from neuronsurgery.pytorch.fitting import (
     banked_places,
@@ -28,6 +29,7 @@ from neuronsurgery.pytorch.fitting import (
     targets_of,
     trained_as,
 )
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.mirrored_rows import (
     Key,
@@ -53,8 +55,10 @@ __all__ = ["check_mirrors", "mirror"]
 Frozen = Literal["own", "shared"]
 
 
+@by_itself
 def mirror(model: nn.Module, *, onto: Any, frozen: Frozen = "own", verify: Any = None) -> MirrorReport:
     """Give target networks the structure of a model; see `neuronsurgery.surgery.mirror`."""
+    require_whole(model, "mirror")
     if frozen not in ("own", "shared"):
         raise MirrorError(f"frozen= takes 'own' or 'shared', found {frozen!r}")
     source, targets = unwrap(model), targets_of(model, onto)
@@ -85,6 +89,7 @@ def check_mirrors(model: nn.Module, *, onto: Any, sites: Collection[str]) -> Non
     Raises:
         MirrorError: a target lacks one of the sites, or has another layer there.
     """
+    require_whole(model, "mirror")
     source, targets = unwrap(model), targets_of(model, onto)
     with ExitStack() as stack:
         for each in (source, *targets):

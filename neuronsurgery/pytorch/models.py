@@ -14,20 +14,42 @@ from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.errors import ModelError
 
-__all__ = ["check_model", "left_alone", "random_states_kept", "run_model", "unwrap"]
+__all__ = ["Replicated", "check_model", "left_alone", "random_states_kept", "run_model", "unwrap", "wrappers_of"]
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+class Replicated(nn.Module):
+    """A model of which each process of a group holds a replica, where no wrapper of torch's says so."""
+
+    def __init__(self, module: nn.Module, process_group: Any = None) -> None:
+        super().__init__()
+        self.module = module
+        self.process_group = process_group
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model itself."""
+        return self.module(*args, **kwargs)
+
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel, Replicated)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside DDP, DataParallel, `torch.compile` and averaging wrappers; site names are its own."""
-    while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, _WRAPPERS):
-            model = model.module
-        else:
-            return model
+    for wrapper in wrappers_of(model):
+        model = _held(wrapper)
+    return model
+
+
+def wrappers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """What is wrapped around the user's module, the outermost first."""
+    while isinstance(model, (torch._dynamo.OptimizedModule, *_WRAPPERS)):
+        yield model
+        model = _held(model)
+
+
+def _held(wrapper: Any) -> nn.Module:
+    held: nn.Module = wrapper._orig_mod if isinstance(wrapper, torch._dynamo.OptimizedModule) else wrapper.module
+    return held
 
 
 def check_model(model: Any) -> None:

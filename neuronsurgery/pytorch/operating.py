@@ -7,6 +7,7 @@ producer and activation apply the bank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neuronsurgery.composites import Rows
-from neuronsurgery.errors import ModelError, PlanError, UndoError
+from neuronsurgery.composites import Rows, room_for
+from neuronsurgery.errors import ModelError, PlanError
+from neuronsurgery.methods import METHODS
 from neuronsurgery.plans import ROWS_PER_OPERATION, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.attaching import FollowClocks
-from neuronsurgery.pytorch.checking import SameOutput, check_composite
+from neuronsurgery.pytorch.checking import MovedOutput, SameOutput, check_composite
 from neuronsurgery.pytorch.composites import Composite
-from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
+from neuronsurgery.pytorch.distributed import agreed_plan, is_one_of_many
+from neuronsurgery.pytorch.drawing import Drawn, Init, check_drawing, drawn_alike, generator_kept, seed_for
 from neuronsurgery.pytorch.fading import check_retire, fades_followed, require_counted
 from neuronsurgery.pytorch.hanging import hang, take_down
 from neuronsurgery.pytorch.models import unwrap
@@ -31,14 +34,22 @@ from neuronsurgery.pytorch.offsets import refuse_offsets
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.reducing import removable, without
 from neuronsurgery.pytorch.rewriting import class_changes
+from neuronsurgery.pytorch.sharding import appended, held, is_sharded
 from neuronsurgery.pytorch.sites import Discovery, check_banks_in_place, check_paths, discover
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, WriteRows, run
+from neuronsurgery.pytorch.trying import trial_of
+from neuronsurgery.pytorch.undoable import check_undo, undoable
 from neuronsurgery.reports import Report
 
 __all__ = ["banked_names", "banks_of", "check_plan", "next_operation", "num_weights", "operate", "slot_changes", "undo"]
 
 Optimizers = tuple[Optimizer, ...]
+
+ALONE = (
+    "other processes run, and nothing says that they hold replicas of this model: this one operated by itself. For all "
+    "of them to do the same pass what DistributedDataParallel made of the model, or surgery.replicated(model)"
+)
 
 
 @with_parameters_in_place
@@ -51,13 +62,16 @@ def operate(
     init: Init | None = None,
     verify: Any = None,
     generator: torch.Generator | None = None,
+    method: str = "knife",
 ) -> Report:
-    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`."""
+    """Carry out a plan on a model, in place; see `neuronsurgery.surgery.operate`, and for other methods their own."""
+    is_alone = is_one_of_many(model)
     model = unwrap(model)
     check_drawing(init, generator)
+    check_retire(retire, is_needed=METHODS[method].preserves != "yes")
+    plan = agreed_plan(plan, retire=retire or 0)
     discovery = discover(model, include=list(plan.units))
     check_plan(plan, discovery)
-    check_retire(retire)
     check_banks_in_place(discovery)
     check_paths(discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)
@@ -69,32 +83,28 @@ def operate(
     before = num_weights(model)
     with generator_kept(generator):
         seed = seed_for(generator, operation)
-        grafts = [
-            graft(
-                discovery.places[name],
-                units,
-                Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth),
-            )
-            for name, units in plan.units.items()
-            if units
-        ]
+        common = Operation(operation, optimizers, init, seed, retire or 0, plan.max_growth, method)
+        chosen = [(discovery.places[name], units) for name, units in plan.units.items() if units]
+        drawn = drawn_alike([(place, place.index(units)) for place, units in chosen], init, seed)
+        grafts = [graft(each, common) for each in drawn]
         changes = [change for each in grafts for change in each.changes]
         banked = banked_names(discovery) | {each.place.site.name for each in grafts}
         changes += class_changes(discovery, banked)
-        check = None if verify is None else SameOutput(model, verify)
+        check = None if verify is None else (SameOutput if common.keeps_knowledge else MovedOutput)(model, verify)
 
         def report() -> Report:  # written within the transaction: either it happened and is on record, or not
             return Report(
                 operation=operation if grafts else 0,
                 operated={name: tuple(units) for name, units in plan.units.items() if units},
                 declined=plan.declined,
-                errors={each.place.site.name: each.error for each in grafts},
+                errors={each.place.site.name: each.error for each in grafts if each.error is not None},
                 plan=plan,
                 parameters_before=before,
                 parameters_after=num_weights(model),
-                notes=(*plan.notes, *_notes(grafts, optimizers, parameters)),
+                notes=(*plan.notes, *_notes(grafts, optimizers, parameters), *([ALONE] if is_alone else [])),
                 verified=check is not None,
                 model_error=None if check is None else check.error,
+                method=method,
             )
 
         return run([*changes, *([check] if check else [])], report)
@@ -120,7 +130,7 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
         if len(set(units)) != len(units) or not all(0 <= unit < place.site.num_units for unit in units):
             raise PlanError(f"units {list(units)} of {name!r} must be distinct and below {place.site.num_units}")
         for slots in place.slots:
-            if slots is not None and not bool(slots.tensor.detach().isfinite().all()):
+            if slots is not None and not bool(held(slots.tensor.detach()).isfinite().all()):
                 raise ModelError(
                     f"the weights of {name!r} are not finite (NaN or infinity); restore the model from a checkpoint, "
                     "a composite unit would keep the NaN for good"
@@ -132,11 +142,11 @@ def check_plan(plan: Plan, discovery: Discovery) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Graft:
-    """What an operation does to one site: the changes, in order, and what was measured."""
+    """What an operation does to one site: the changes, in order, and what was measured; None: it may move."""
 
     place: Place
     changes: list[Change]
-    error: float
+    error: float | None
     notes: list[str]
 
 
@@ -150,21 +160,28 @@ class Operation:
     seed: int
     retire: int
     max_growth: float
+    method: str
+
+    @property
+    def keeps_knowledge(self) -> bool:
+        """Whether the composite units go on with what the old units computed."""
+        return METHODS[self.method].preserves == "yes"
 
 
-def graft(place: Place, units: Sequence[int], operation: Operation) -> Graft:
+def graft(drawn: Drawn, operation: Operation) -> Graft:
     """Prepare an operation on one site: nothing is changed yet."""
+    place, chosen, fresh = drawn.place, drawn.units, drawn.fresh
     optimizers = operation.optimizers
     births = _births(place, optimizers)
     if operation.retire:
         require_counted(place, births)
-    chosen = torch.tensor(units, dtype=torch.long, device=place.weight.device)
-    fresh, drawing_notes = draw(place, chosen, operation.init, operation.seed)
-    bank = _extended_bank(place, chosen, fresh, operation, births)
+    old = _with_room(place, len(chosen), operation.max_growth)
+    knowledge = [None if slots is None else slots.take(chosen) for slots in place.slots]
+    bank = _extended_bank(drawn, old, knowledge, operation)
     bank.train(place.owners[0][0].training)
-    error = check_composite(place, _renewed_slots(place, chosen, fresh), bank)
+    error = _error(drawn, knowledge, bank) if operation.keeps_knowledge else None
     changes = [*slot_changes(place, chosen, fresh, optimizers), *hang(place, bank)]
-    notes = list(drawing_notes)
+    notes = list(drawn.notes)
     for slots in place.renewed:
         if slots is not None and (parameter := slots.parameter) is not None:
             changes += optimizer_state.start_clocks(optimizers, parameter)
@@ -182,27 +199,42 @@ def _births(place: Place, optimizers: Optimizers) -> list[int]:
 
 
 def _extended_bank(
-    place: Place, units: Tensor, fresh: Sequence[Tensor | None], operation: Operation, births: list[int]
+    drawn: Drawn, old: Composite | None, knowledge: Sequence[Tensor | None], operation: Operation
 ) -> Composite:
-    """A bank with a knowledge and a compensation row for each unit appended."""
-    old = _with_room(place, len(units), operation.max_growth)
+    """A bank with a knowledge and a compensation row for each unit appended.
+
+    A method that does not keep knowledge has the same rows; those of what the unit knew have retired already.
+    """
+    place, units, births = drawn.place, drawn.units.tolist(), _births(drawn.place, operation.optimizers)
     structure = (Rows.empty(len(births)) if old is None else old.rows).extended(
-        units.tolist(), operation.number, [births] * len(units), operation.retire
+        units, operation.number, [births] * len(units), operation.retire
     )
-    values: list[Tensor | None] = []
-    for name, slots, drawn in zip(place.buffer_names, place.slots, fresh, strict=True):
-        if slots is None:
-            values.append(None)
-            continue
-        knowledge = slots.take(units)
-        compensation = knowledge if drawn is None else drawn
-        frozen = [] if old is None else [old.live(name)]
-        values.append(torch.cat([*(f for f in frozen if f is not None), knowledge, compensation]))
-    faded = torch.ones(0, device=units.device) if old is None else old.live_fade()
+    room = room_for(len(structure), place.site.num_units)
+    added = [
+        None if rows is None else torch.cat([rows, rows if fresh is None else fresh])
+        for rows, fresh in zip(knowledge, drawn.fresh, strict=True)
+    ]
+    values = [
+        rows if rows is None or old is None else _appended(old, name, rows, room)
+        for name, rows in zip(place.buffer_names, added, strict=True)
+    ]
+    faded = torch.ones(0, device=place.weight.device) if old is None else old.live_fade()
     fade = torch.cat([faded, faded.new_ones(2 * len(units))])
+    if not operation.keeps_knowledge:
+        structure, known = structure.forgetting(units, operation.number, operation.retire)
+        fade[torch.from_numpy(known).to(fade.device)] = 0
     bank = Composite(place.product, place.path, place.site.num_units, structure, values, place.recipe, fade)
     bank.site = place.site.name
     return bank
+
+
+def _appended(old: Composite, name: str, added: Tensor, room: int) -> Tensor:
+    """The rows of one buffer of a bank, and those that are added."""
+    value = old._buffers[name]
+    if value is not None and is_sharded(value):
+        return appended(value, len(old.rows), added, room)
+    live = old.live(name)
+    return added if live is None else torch.cat([live, added])
 
 
 def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | None:
@@ -213,13 +245,19 @@ def _with_room(place: Place, num_chosen: int, max_growth: float) -> Composite | 
     return without(bank, removable(bank))
 
 
-def _renewed_slots(place: Place, units: Tensor, fresh: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """All units' rows of each of the slots, as they will be."""
-    rows = [None if slots is None else slots.rows() for slots in place.slots]
-    return [
-        old if old is None or drawn is None else old.index_copy(0, units, drawn.to(old))
-        for old, drawn in zip(rows, fresh, strict=True)
+def _error(drawn: Drawn, knowledge: Sequence[Tensor | None], bank: Composite) -> float:
+    """By how much the composites of a new bank are off; of a sharded layer on the operation's units alone."""
+    place, units = drawn.place, drawn.units
+    if not is_sharded(place.weight):
+        before, trial = [None if slots is None else slots.rows() for slots in place.slots], None
+    else:
+        trial = trial_of(place, units, knowledge, bank)
+        before = trial.before
+    renewed = [
+        old if old is None or fresh is None else old.index_copy(0, units, fresh.to(old))
+        for old, fresh in zip(before, drawn.fresh, strict=True)
     ]
+    return check_composite(place, renewed, bank, trial)
 
 
 def slot_changes(
@@ -262,69 +300,46 @@ def _notes(grafts: list[Graft], optimizers: Optimizers, parameters: dict[str, nn
 
 
 @with_parameters_in_place
-def undo(model: nn.Module, report: Report, *, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Report:
+def undo(
+    model: nn.Module,
+    operation: Report | int | None = None,
+    *,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+) -> Report:
     """Put the old weights of an operation's units back; see `neuronsurgery.surgery.undo`."""
     model = unwrap(model)
     discovery = discover(model)
     optimizers = optimizer_state.as_optimizers(optimizer)
     parameters = dict(model.named_parameters())
     optimizer_state.check_owners(optimizers, parameters)
-    check_undo(report, discovery)
+    asked = undoable(operation, discovery)
+    check_undo(asked, discovery)
     check_banks_in_place(discovery)
     before = num_weights(model)
     changes: list[Change] = []
     emptied: set[str] = set()
-    for name, units in report.operated.items():
+    for name, units in asked.operated.items():
         place = discovery.places[name]
-        changes += _restored(place, units, report.operation, optimizers)
-        if place.bank is not None and bool(place.bank.rows.of_operation(report.operation).all()):
+        changes += _restored(place, units, asked.operation, optimizers)
+        if place.bank is not None and bool(place.bank.rows.of_operation(asked.operation).all()):
             emptied.add(name)
     changes += class_changes(discovery, banked_names(discovery) - emptied)
 
     def record() -> Report:
         return Report(
-            operation=report.operation,
-            operated=report.operated,
+            operation=asked.operation,
+            operated=asked.operated,
             declined={},
             errors={},
-            plan=report.plan,
+            plan=asked.plan,
             parameters_before=before,
             parameters_after=num_weights(model),
-            notes=(f"operation {report.operation} was undone",),
+            notes=(f"operation {asked.operation} was undone",),
             verified=False,
             model_error=None,
         )
 
     return run(changes, record)
-
-
-def check_undo(report: Report, discovery: Discovery) -> None:
-    """Refuse to undo what is not the latest operation on each of its units.
-
-    Raises:
-        UndoError: the operation is not in the model's banks, or a later one intervened.
-    """
-    if not report.operated:
-        raise UndoError("the report holds no operated unit: there is nothing to undo")
-    for name, units in report.operated.items():
-        bank = discovery.places[name].bank if name in discovery.places else None
-        found = set() if bank is None else set(bank.rows.unit[bank.rows.of_operation(report.operation)].tolist())
-        if bank is None or found != set(units):
-            raise UndoError(
-                f"operation {report.operation} on {name!r} is not in this model: it was undone, consolidated, or "
-                "done on another model"
-            )
-        if bool((bank.live_fade()[torch.from_numpy(bank.rows.of_operation(report.operation))] < 1).any()):
-            raise UndoError(
-                f"the frozen rows of operation {report.operation} on {name!r} have begun to fade (retire=), and "
-                "what they were is gone with them; load a checkpoint of before"
-            )
-        later = [unit for unit in units if bank.rows.latest()[unit] != report.operation]
-        if later:
-            raise UndoError(
-                f"operation {bank.rows.latest()[later[0]]} came after operation {report.operation} on units {later} of "
-                f"{name!r}; undo the newest first"
-            )
 
 
 def _restored(place: Place, units: Sequence[int], operation: int, optimizers: Optimizers) -> Iterator[Change]:
@@ -373,9 +388,9 @@ def banked_names(discovery: Discovery) -> set[str]:
 def num_weights(model: nn.Module) -> int:
     """The numbers a model stores: its parameters and its live frozen rows."""
     frozen = sum(
-        int(value.numel())
+        len(bank.rows) * math.prod(value.shape[1:])
         for bank in banks_of(model)
         for name in bank.buffer_names()
-        if (value := bank.live(name)) is not None
+        if (value := bank._buffers[name]) is not None
     )
     return sum(p.numel() for p in model.parameters()) + frozen

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from neuronsurgery.pytorch.chains import is_sequential
 from neuronsurgery.pytorch.composites import Composite, UnitPath, frozen_names
 from neuronsurgery.pytorch.computing import Computed, Recipe, Source
+from neuronsurgery.pytorch.distributed import taken
+from neuronsurgery.pytorch.hooks import splits
 from neuronsurgery.pytorch.links import is_statistic
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import is_producer
 from neuronsurgery.pytorch.products import Product
 from neuronsurgery.pytorch.reading import Reading, modules_of
 from neuronsurgery.pytorch.reducing import removable
+from neuronsurgery.pytorch.sharding import is_sharded
 from neuronsurgery.pytorch.swapped import holds_for_others
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 from neuronsurgery.pytorch.uses import Use
@@ -71,14 +75,26 @@ class Slots:
     def take(self, units: Tensor) -> Tensor:
         """The units' rows, (num_units, *row_shape); of a value that all share, that value for each."""
         if self.axes is None:
-            return self.tensor.detach().reshape(1).expand(len(units))
-        return self._shaped(self.axes.take(self.tensor.detach(), units))
+            return self.rows().expand(len(units))
+        return self._shaped(taken(f"rows of {self.attribute!r}", self.tensor, units, self.axes))
 
     def rows(self) -> Tensor:
         """All units' rows, or the one value that they share, (1,)."""
+        axes = self.axes or ROWS
+        if is_sharded(self.tensor):
+            units = torch.arange(axes.num_units(self.tensor.shape), device=self.tensor.device)
+            found = taken(f"{self.attribute!r}", self.tensor, units, axes)
+        else:
+            found = self.tensor.detach().reshape(1) if self.axes is None else axes.rows(self.tensor.detach())
+        return self._shaped(found) if self.axes is not None else found.reshape(1)
+
+    @property
+    def row_shape(self) -> torch.Size:
+        """The shape of a unit's row, as `take` gives it."""
         if self.axes is None:
-            return self.tensor.detach().reshape(1)
-        return self._shaped(self.axes.rows(self.tensor.detach()))
+            return torch.Size()
+        like = torch.empty(self.tensor.shape, device="meta")
+        return self._shaped(self.axes.take(like, torch.zeros(1, dtype=torch.long, device="meta"))).shape[1:]
 
     def _shaped(self, rows: Tensor) -> Tensor:
         """Beside the weight, one value a unit is a vector, whatever axes of size 1 the tensor has."""
@@ -97,6 +113,10 @@ class Place:
     owners: tuple[tuple[nn.Module, str], ...]  # where the bank hangs: every module that owns the weight, and the name
     homes: tuple[Home, ...]
     computed: tuple[Computed, ...] = ()  # the ways in which its weight is computed; none where it is a parameter
+
+    def index(self, units: Sequence[int]) -> Tensor:
+        """Units as a tensor beside the weight, (num_units,) int64."""
+        return torch.tensor(units, dtype=torch.long, device=self.weight.device)
 
     @property
     def recipe(self) -> Recipe | None:
@@ -119,6 +139,11 @@ class Place:
         owner, name = self.owners[0]
         bank = owner._modules.get(name)
         return bank if isinstance(bank, Composite) else None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process computes some of its units only."""
+        return any(splits(hook) for owner, _ in self.owners for hook in owner._forward_hooks.values())
 
     @property
     def renewed(self) -> tuple[Slots | None, ...]:

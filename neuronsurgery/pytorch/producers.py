@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from neuronsurgery.pytorch.computed_calls import Parts, computed_by, parts_of
 from neuronsurgery.pytorch.computed_modules import computed_of, has_computed_weight
 from neuronsurgery.pytorch.computing import FIRST_NAMES, Computed
-from neuronsurgery.pytorch.hooks import may_change_output
+from neuronsurgery.pytorch.hooks import may_change_output, parallelizes
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.products import Contraction, Convolution, Linear, Product
 from neuronsurgery.pytorch.recognition import UnitShape, canonical_name
@@ -124,6 +124,11 @@ def product_of_module(module: nn.Module) -> Product | str:
     if "forward" in vars(module):
         return f"its forward was replaced on the instance ({label})"
     if may_change_output(module):
+        if any(parallelizes(hook) for hook in module._forward_hooks.values()):
+            return (
+                "tensor parallelism spreads what it computes in another way than ColwiseParallel, which leaves each "
+                "process with outputs of its own units"
+            )
         return "a forward hook on it may change its output"
     kind = _kind_of(module)
     assert kind is not None

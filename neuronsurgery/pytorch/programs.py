@@ -26,7 +26,7 @@ from neuronsurgery.pytorch.carrying import FORWARDS, Role
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fused import overrides
 from neuronsurgery.pytorch.insertion import Rewrite, insert_banks
-from neuronsurgery.pytorch.mirroring import Guard, original_class, submodule
+from neuronsurgery.pytorch.mirroring import GENERATED, Guard, class_without_rewrite, original_class, submodule
 from neuronsurgery.pytorch.scalars import Actual, Condition
 from neuronsurgery.pytorch.tracing import Trace, trace
 
@@ -53,7 +53,7 @@ def rewritten_class(instance: nn.Module, program: Program) -> type[nn.Module]:
     """
     if program.methods:
         program = replace(program, present=frozenset(_present(instance, program.inline)))
-    cls = generated_class(cast(Any, original_class(instance)), program)
+    cls = generated_class(cast(Any, class_without_rewrite(instance)), program)
     for entry in cls._neuronsurgery_entries.values():  # type: ignore[attr-defined]
         entry.prepare(instance)
     return cls
@@ -87,6 +87,7 @@ def generated_class(cls: Any, program: Program) -> type:
     has_banks = any(rewrite.bank is not None for rewrite in program.rewrites)
     namespace |= overrides(cls, program.methods, has_banks, namespace.get("forward", cls.forward))
     generated: type[nn.Module] = type(cls)(cls.__name__, (Rewritten, cls), namespace)
+    setattr(generated, GENERATED, generated)
     return generated
 
 
@@ -112,7 +113,7 @@ class Rewritten(nn.Module):
 def _rebuilt(program: Program, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Make an instance as its original class would, then exchange the class."""
     instance = function(*arguments)
-    object.__setattr__(instance, "__class__", generated_class(cast(Any, original_class(instance)), program))
+    object.__setattr__(instance, "__class__", generated_class(cast(Any, class_without_rewrite(instance)), program))
     return instance
 
 

@@ -25,6 +25,8 @@ Pairs = Sequence[tuple[int, int]]
 def removable(bank: Composite) -> NDArray[np.bool_]:
     """Mask of the rows that contribute nothing by their weights alone, whatever the data; it waits for the device."""
     dropped = faded(bank)
+    if bank.is_sharded:  # rows could be compared at the price of gathering them, which `consolidate` pays
+        return dropped
     if any(len(value) < len(bank.rows) for name in bank.buffer_names() if (value := bank.live(name)) is not None):
         return dropped  # cut short: `check` says so
     for pair in equal(bank, candidates(bank.rows, bank.path)):
@@ -37,7 +39,7 @@ def faded(bank: Composite) -> NDArray[np.bool_]:
     none = np.zeros(len(bank.rows), np.bool_)
     if bank.fade is None or bank.fade.is_meta or len(bank.fade) < len(none):
         return none
-    return (bank.live_fade() == 0).cpu().numpy() & bank.rows.can_go
+    return bank.rows.paired((bank.live_fade() == 0).cpu().numpy() & bank.rows.can_go)
 
 
 def candidates(rows: Rows, path: UnitPath) -> list[tuple[int, int]]:

@@ -21,7 +21,9 @@ from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import MovedOutput, SameOutput
 from neuronsurgery.pytorch.consuming import Consumer, consumers_of
-from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept, seed_for
+from neuronsurgery.pytorch.distributed import agreed_plan
+from neuronsurgery.pytorch.drawing import Init, check_drawing, drawn_alike, generator_kept, seed_for
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import check_plan, num_weights, slot_changes
 from neuronsurgery.pytorch.places import Place
@@ -61,16 +63,14 @@ def reset_units(
     generator: torch.Generator | None = None,
 ) -> Report:
     """Draw the units of a plan anew and silence them; see `neuronsurgery.surgery.redo`."""
+    require_whole(model, "redo or regrama")
     check_drawing(init, generator)
     subject = prepared(model, plan, optimizer, method)
     with generator_kept(generator):
         seed = seed_of(subject, generator)
-        changes: list[Change] = []
-        notes: list[str] = []
-        for place, units, _ in subject.sites():
-            fresh, drawn = draw(place, units, init, seed)
-            changes += slot_changes(place, units, fresh, subject.optimizers)
-            notes += drawn
+        drawn = drawn_alike([(place, units) for place, units, _ in subject.sites()], init, seed)
+        changes = [c for one in drawn for c in slot_changes(one.place, one.units, one.fresh, subject.optimizers)]
+        notes = [note for one in drawn for note in one.notes]
         changes += silenced(subject)
         return reported(replace(subject, notes=(*subject.notes, *dict.fromkeys(notes))), changes, verify)
 
@@ -119,7 +119,7 @@ def prepared(
         PlanError: a plan that does not fit the model.
         OptimizerError: an optimizer that owns none of the parameters.
     """
-    model = unwrap(model)
+    model, plan = unwrap(model), agreed_plan(plan)
     discovery, survey = explored(model, include=list(plan.units))
     check_plan(plan, discovery)
     optimizers = optimizer_state.as_optimizers(optimizer)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.pytorch.fresh_state import Group, is_shared, own_step, scratch_optimizer, scratch_options
+from neuronsurgery.pytorch.sharding import held
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
 __all__ = ["Before", "Shared", "replay"]
@@ -66,7 +67,7 @@ class Before:
         """Copies of the rows; some classes overwrite the gradient in their step."""
 
         def take(tensor: Tensor) -> Tensor:
-            return young.axes.take(tensor.detach(), young.rows)
+            return young.axes.take(held(tensor.detach()), young.rows)
 
         state = {
             key: take(entry)
@@ -82,7 +83,7 @@ class Before:
         if parameter.grad is None:
             self.gradient = None
             return
-        self.gradient = young.axes.take(parameter.grad.detach(), young.rows)
+        self.gradient = young.axes.take(held(parameter.grad.detach()), young.rows)
         scale = vars(optimizer).get("grad_scale")
         if scale is not None:
             self.gradient = self.gradient / scale.to(self.gradient)
@@ -118,9 +119,9 @@ def replay(
         )
         weights, after = stepped(shared, optimizer, group, state, part, float(young.step) - birth)
         rows = young.rows[which]
-        young.axes.put(parameter, rows, weights.to(parameter))
+        young.axes.put(held(parameter), rows, weights.to(parameter.dtype))
         for key in part.state:
-            young.axes.put(state[key], rows, after[key].to(state[key]))
+            young.axes.put(held(state[key]), rows, after[key].to(state[key].dtype))
     return True
 
 

@@ -21,6 +21,7 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.drawing import Init, check_drawing, generator_kept, seed_for
 from neuronsurgery.pytorch.forgetting import born_with_parameters, copies_of, forget
 from neuronsurgery.pytorch.fresh_layers import Fresh, fresh_layers
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.hanging import take_down
 from neuronsurgery.pytorch.injecting import taken_out
 from neuronsurgery.pytorch.layers import Layers, Owned, layers_of
@@ -89,6 +90,7 @@ def reset(
     generator: torch.Generator | None = None,
 ) -> LayerReport:
     """Give layers fresh weights; see `neuronsurgery.surgery.reset`."""
+    require_whole(model, "reset")
     asked = subject(model, layers, optimizer, example)
     places = asked.banked()
 
@@ -125,6 +127,7 @@ def shrink_and_perturb(
     generator: torch.Generator | None = None,
 ) -> LayerReport:
     """Scale layers down and add a part of fresh weights; see `neuronsurgery.surgery.shrink_and_perturb`."""
+    require_whole(model, "shrink_and_perturb")
     for name, value in (("shrink", shrink), ("perturb", perturb)):
         if not 0 <= value <= 1:
             raise ModelError(f"{name} is {value!r}; it is a factor from 0 to 1")
@@ -154,6 +157,7 @@ def scale_head(
     example: Any = None,
 ) -> LayerReport:
     """Multiply the weights and biases of output layers; see `neuronsurgery.surgery.scale_head`."""
+    require_whole(model, "scale_head")
     if not 0 < factor < float("inf"):
         raise ModelError(f"factor is {factor!r}; it is a positive number")
     asked = subject(model, layers, optimizer, example)
@@ -177,6 +181,7 @@ def reset_optimizer(
     model: nn.Module, layers: Layers = None, *, optimizer: Optimizers, example: Any = None
 ) -> LayerReport:
     """Give the optimizer the state of a fresh one; see `neuronsurgery.surgery.reset_optimizer`."""
+    require_whole(model, "reset_optimizer")
     asked = subject(model, layers, optimizer, example)
     changes = forget(asked.optimizers, asked.parameters)
     changes += [born_with_parameters(place, asked.optimizers, asked.parameters) for place in asked.banked()]

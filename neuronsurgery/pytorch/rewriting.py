@@ -11,7 +11,7 @@ from neuronsurgery.pytorch.carrying import Role
 from neuronsurgery.pytorch.chains import Chain, chain_of, is_sequential
 from neuronsurgery.pytorch.insertion import Rewrite
 from neuronsurgery.pytorch.links import Link, signature
-from neuronsurgery.pytorch.mirroring import original_class, submodule
+from neuronsurgery.pytorch.mirroring import class_without_rewrite, submodule
 from neuronsurgery.pytorch.places import Home, bank_name
 from neuronsurgery.pytorch.programs import Program, rewritten_class
 from neuronsurgery.pytorch.sites import Discovery
@@ -27,7 +27,7 @@ def class_changes(discovery: Discovery, banked: Collection[str]) -> list[Change]
     wanted = programs_for(discovery, banked, tapped=observed)
     changes: list[Change] = []
     for module in discovery.model.modules():
-        cls = rewritten_class(module, wanted[module]) if module in wanted else original_class(module)
+        cls = rewritten_class(module, wanted[module]) if module in wanted else class_without_rewrite(module)
         if type(module) is not cls:
             changes.append(SetClass(module, cls))
     return changes

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from neuronsurgery.errors import StateError, near_names
-from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.composites import Composite, shard_rows
 from neuronsurgery.pytorch.places import Place
+from neuronsurgery.pytorch.sharding import whole
 from neuronsurgery.pytorch.structure import Structure, agrees, decoded, is_structure
 
 __all__ = ["EXTRA", "bank_for", "banks_in", "named_as", "paths_of", "structure_for", "with_versions", "without_banks"]
@@ -152,6 +153,7 @@ def bank_for(place: Place, path: str, structure: Structure, entries: Entries) ->
     bank = Composite(place.product, place.path, place.site.num_units, structure.rows, values, place.recipe, fade)
     bank.site = place.site.name
     bank.set_extra_state(structure.encoded())  # the counts
+    shard_rows(place.weight, bank, place.is_split)  # of many banks no process has more than one whole
     bank.train(place.owners[0][0].training)
     return bank
 
@@ -171,9 +173,9 @@ def _frozen_rows(place: Place, path: str, structure: Structure, entries: Entries
                 raise StateError(f"the bank at '{path}' holds '{name}', and '{place.site.name}' has no such parameter")
             yield None
             continue
-        shape = slots.take(torch.zeros(1, dtype=torch.long, device=slots.tensor.device)).shape[1:]
-        kept = _check_rows(f"{path}.{name}", value, num_rows, shape)
-        yield kept.to(slots.tensor.dtype) if slots.tensor.is_meta else kept.to(slots.tensor)
+        kept = _check_rows(f"{path}.{name}", value, num_rows, slots.row_shape)
+        kept = kept.to(slots.tensor.dtype)
+        yield kept if slots.tensor.is_meta else kept.to(slots.tensor.device)
 
 
 def _fade(place: Place, path: str, structure: Structure, entries: Entries) -> Tensor | None:
@@ -200,4 +202,4 @@ def _check_rows(name: str, value: Any, num_rows: int, shape: torch.Size) -> Tens
             f"'{name}' has shape {tuple(value.shape)}, expected at least {num_rows} rows of shape {tuple(shape)}: "
             "it is cut, or the bank of another layer"
         )
-    return value[:num_rows].detach()
+    return whole(value)[:num_rows].detach()

@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 
 from neuronsurgery.plans import Plan
 from neuronsurgery.pytorch.consuming import Consumer
+from neuronsurgery.pytorch.distributed import agreed_units
 from neuronsurgery.pytorch.drawing import Init, check_drawing, draw, generator_kept
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout, Move, Reshape, UnitFunction
 from neuronsurgery.pytorch.operating import slot_changes
@@ -46,8 +48,10 @@ def reborn(
     generator: torch.Generator | None = None,
 ) -> Report:
     """Give the plan's units parts of the work of donors, site by site; see `neuronsurgery.surgery.reborn`."""
+    require_whole(model, "reborn")
     check_drawing(init, generator)
     subject = prepared(model, plan, optimizer, "reborn", _why_not)
+    donors = agreed_units("the donors", donors)
     with generator_kept(generator):
         seed = seed_of(subject, generator)
         draws = torch.Generator().manual_seed(seed)

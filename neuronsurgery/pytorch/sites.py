@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from neuronsurgery.errors import ModelError, SiteError, near_names
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fsdp import as_shards
 from neuronsurgery.pytorch.injected import Injection, is_frozen_copy
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.places import Place
@@ -45,6 +46,7 @@ def explored(
     """The sites of a model, as `discover` finds them, and the survey that they were found in."""
     model = unwrap(model)
     check_model(model)
+    as_shards(model)
     survey = Survey(model, tuple(outputs), frozenset(include))
     places: dict[str, Place] = {}
     declined: dict[str, str] = {}

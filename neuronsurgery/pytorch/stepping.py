@@ -15,12 +15,13 @@ from neuronsurgery.errors import ScheduleError, SiteError
 from neuronsurgery.plans import MAX_GROWTH, Plan
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.consuming import Consumer, consumers_of
+from neuronsurgery.pytorch.distributed import group_of
 from neuronsurgery.pytorch.drawing import Init, check_drawing
 from neuronsurgery.pytorch.models import unwrap
 from neuronsurgery.pytorch.places import Place
 from neuronsurgery.pytorch.renewing import Subject
 from neuronsurgery.pytorch.sites import Discovery, explored
-from neuronsurgery.pytorch.watching import common_generator, process_group
+from neuronsurgery.pytorch.watching import common_generator
 from neuronsurgery.sites import Sites
 
 __all__ = ["Grounds", "grounds_of"]
@@ -99,9 +100,9 @@ def grounds_of(
         raise SiteError(f"the outgoing weights of these sites cannot be written. {reasons}")
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_owners(optimizers, dict(inner.named_parameters()))
-    group = process_group(model)
+    group = group_of(model)
     if group is not None and generator is None:
-        generator = common_generator(group, next(inner.parameters()).device)
+        generator = common_generator(model)
     places = {name: discovery.places[name] for name in readers}
     return Grounds(
         Discovery(inner, {**discovery.places, **places}, {**discovery.declined, **declined}),

@@ -34,6 +34,7 @@ from neuronsurgery.pytorch.reading import (
 )
 from neuronsurgery.pytorch.reads import Read, methods_of, reads_of
 from neuronsurgery.pytorch.recognition import is_metadata
+from neuronsurgery.pytorch.splitting import sharding_problem
 from neuronsurgery.pytorch.tracing import Trace
 from neuronsurgery.pytorch.unitwise import Kind
 from neuronsurgery.pytorch.uses import Use, find_uses, get_attr_reads
@@ -262,7 +263,8 @@ class Survey:
         for other in (self.joined[end] for end in ends if end in self.joined):
             return f"its units are those of '{other}', whose pre-activations it joins before the activation function"
         self.joined |= dict.fromkeys(ends, name)
-        return place_of(name, weight, owners, entries, functools.partial(self.is_own, weight))
+        place = place_of(name, weight, owners, entries, functools.partial(self.is_own, weight))
+        return sharding_problem(place) or place
 
     def broken_chain(self, entries: list[tuple[Reading, str, Use]]) -> str:
         """Why children of a Sequential cannot hand the rows of a site on."""

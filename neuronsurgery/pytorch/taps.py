@@ -6,8 +6,9 @@ never measured with the original, and nothing stays on the model when the observ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -28,12 +29,14 @@ class Sink(Protocol):
 
 
 _SINKS: dict[int, tuple[Sink, ...]] = {}
+_STAND_INS: dict[int, Callable[[], object]] = {}
+_NONE: Mapping[int, Callable[[], object]] = MappingProxyType({})
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def tap(weight: nn.Parameter, h: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     """Show the activations of the site with this weight to its listeners, if there are any, and pass them on."""
-    for sink in _SINKS.get(id(weight), ()):
+    for sink in _SINKS.get(_key(weight), ()):
         sink.record(h, axes)
     return h
 
@@ -57,7 +60,7 @@ def is_observed(weight: nn.Parameter) -> bool:
 
 def offset_of(weight: nn.Parameter | None) -> int:
     """How many links the site of this weight has if it is being observed; 0 for any other."""
-    sinks = _SINKS.get(id(weight)) if _SINKS else None
+    sinks = _SINKS.get(_key(weight)) if _SINKS else None
     return sinks[0].offset if sinks else 0
 
 
@@ -67,13 +70,24 @@ def observed_weight(module: nn.Module) -> nn.Parameter | None:
         return None
     weight = module._parameters.get("weight")
     found = module.parameters() if weight is None else (weight,)
-    return next((parameter for parameter in found if id(parameter) in _SINKS), None)
+    return next((parameter for parameter in found if _key(parameter) in _SINKS), None)
+
+
+def _key(weight: nn.Parameter | None) -> int:
+    """Under which listeners are found: of what stands in for a sharded weight in a pass, that of the weight."""
+    if id(weight) in _SINKS or weight is None:
+        return id(weight)
+    return next((key for key, current in _STAND_INS.items() if current() is weight), id(weight))
 
 
 @contextmanager
-def listening(sinks: Mapping[int, Sink]) -> Iterator[None]:
-    """Let each sink hear the site whose weight has that id; the caller keeps the weights alive."""
+def listening(sinks: Mapping[int, Sink], stand_ins: Mapping[int, Callable[[], object]] = _NONE) -> Iterator[None]:
+    """Let each sink hear the site whose weight has that id; the caller keeps the weights alive.
+
+    `stand_ins`: by the same ids, what gives the tensor that a forward pass has in a weight's place.
+    """
     before = {key: _SINKS.get(key, ()) for key in sinks}
+    _STAND_INS.update((key, current) for key, current in stand_ins.items() if key in sinks)
     for key, sink in sinks.items():
         _SINKS[key] = (*before[key], sink)
     try:
@@ -85,3 +99,4 @@ def listening(sinks: Mapping[int, Sink]) -> Iterator[None]:
                 _SINKS[key] = left
             else:
                 _SINKS.pop(key, None)
+                _STAND_INS.pop(key, None)

@@ -6,15 +6,32 @@ keep what they replaced, so a fault between any two of them leaves the model bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from neuronsurgery.pytorch.sharding import held, is_sharded, own_rows, own_values, part_of
 from neuronsurgery.pytorch.unit_axes import ROWS, UnitAxes
 
-__all__ = ["Change", "Later", "Overwrite", "RemoveItem", "SetClass", "SetItem", "WriteRows", "revert", "run"]
+__all__ = [
+    "Call",
+    "Change",
+    "Keeper",
+    "Later",
+    "Overwrite",
+    "RemoveItem",
+    "SetClass",
+    "SetItem",
+    "WriteRows",
+    "keep",
+    "keeping",
+    "revert",
+    "run",
+]
 
 
 T = TypeVar("T")
@@ -26,6 +43,33 @@ class Change(Protocol):
     def apply(self) -> None: ...
 
     def revert(self) -> None: ...
+
+
+class Keeper(Protocol):
+    """Who decides beyond a transaction: asked before its first change, and given what it would take to undo it."""
+
+    def begin(self) -> None: ...
+
+    def keep(self, changes: list[Change]) -> None: ...
+
+
+_KEEPER: ContextVar[Keeper | None] = ContextVar("neuronsurgery_keeper", default=None)
+
+
+@contextmanager
+def keeping(keeper: Keeper | None) -> Iterator[None]:
+    """Let transactions in this block ask a keeper, or none."""
+    token = _KEEPER.set(keeper)
+    try:
+        yield
+    finally:
+        _KEEPER.reset(token)
+
+
+def keep(change: Change) -> None:
+    """Hand a change that was made to the keeper, if there is one, to be taken back with the others."""
+    if (keeper := _KEEPER.get()) is not None:
+        keeper.keep([change])
 
 
 @overload
@@ -42,12 +86,18 @@ def run(changes: Sequence[Change], record: Callable[[], T] | None = None) -> T |
     After a fault, or an interrupt, until the record is written: revert those begun, newest first, and raise it.
     """
     begun: list[Change] = []
+    keeper = _KEEPER.get()
+    if keeper is not None:
+        keeper.begin()
     try:
         for change in changes:
             begun.append(change)
             change.apply()
         torch.clear_autocast_cache()  # inside an autocast block it still holds casts of the old weights
-        return record() if record is not None else None
+        result = record() if record is not None else None
+        if keeper is not None:
+            keeper.keep(begun)
+        return result
     except BaseException:
         revert(begun)
         raise
@@ -76,13 +126,29 @@ class Later:
         revert(self.begun)
 
 
+class Call:
+    """Something that is done by a call, or taken back by one, or both."""
+
+    def __init__(self, undo: Callable[[], object] = lambda: None, do: Callable[[], object] = lambda: None) -> None:
+        self.undo, self.do = undo, do
+
+    def apply(self) -> None:
+        self.do()
+
+    def revert(self) -> None:
+        self.undo()
+
+
 class WriteRows:
     """Overwrite the rows of some units of a tensor in place, without autograd: `tensor[rows] = values`.
 
-    `rows`: (r,) int64, units under `axes`; `values`: (r, *row_shape).
+    `rows`: (r,) int64, units under `axes`; `values`: (r, *row_shape). Of a sharded tensor this process writes its part.
     """
 
     def __init__(self, tensor: Tensor, rows: Tensor, values: Tensor, axes: UnitAxes = ROWS) -> None:
+        if is_sharded(tensor):
+            which, own = own_rows(tensor, rows, axes)
+            tensor, rows, values = held(tensor), own, own_values(tensor, values, which, axes)
         self.tensor, self.rows, self.values, self.axes = tensor, rows, values, axes
         self.replaced: Tensor | None = None
 
@@ -98,9 +164,11 @@ class WriteRows:
 
 
 class Overwrite:
-    """Overwrite a whole tensor in place, without autograd."""
+    """Overwrite a whole tensor in place, without autograd; of a sharded one the part that this process holds."""
 
     def __init__(self, tensor: Tensor, values: Tensor) -> None:
+        if is_sharded(tensor):
+            tensor, values = held(tensor), part_of(tensor, values)
         self.tensor, self.values = tensor, values
         self.replaced: Tensor | None = None
 

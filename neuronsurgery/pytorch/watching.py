@@ -21,19 +21,21 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from neuronsurgery.composites import Rows
-from neuronsurgery.errors import OptimizerError, ScheduleError
+from neuronsurgery.errors import DistributedError, OptimizerError, ScheduleError
 from neuronsurgery.evidence import Evidence, Quantity
 from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.births import load_births, saved_births
+from neuronsurgery.pytorch.distributed import agreed_number, group_of, together
 from neuronsurgery.pytorch.drawing import check_drawing
 from neuronsurgery.pytorch.evidence import ACTIVATIONS, Clock, Scaling, gradients_of, record_step, tapped
 from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.pooling import pooled
 from neuronsurgery.pytorch.reducing import removable
 from neuronsurgery.pytorch.sampling import Sampling, Weights
 from neuronsurgery.pytorch.sites import Discovery, discover
 from neuronsurgery.sites import Sites
 
-__all__ = ["Watch", "ages_of", "common_generator", "process_group", "watch"]
+__all__ = ["Watch", "ages_of", "common_generator", "watch"]
 
 
 def watch(
@@ -78,11 +80,11 @@ def watch(
             f"no optimizer owns the weight of any of the {len(places)} sites ({', '.join(places)}): nothing of them "
             "trains, so nothing can be measured; pass the optimizer that trains them"
         )
-    group = process_group(model)
+    group = group_of(model)
     if group is not None and generator is None:
-        generator = common_generator(group, next(inner.parameters()).device)
+        generator = common_generator(model)
     found = Discovery(inner, places, found.declined)
-    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, sampling, group))
+    return Watch(found, optimizers, frozenset(needs), Surroundings(generator, sampling, model, group))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,7 @@ class Surroundings:
 
     generator: torch.Generator | None
     sampling: Sampling
+    wrapped: nn.Module
     group: dist.ProcessGroup | None
     """The processes that hold replicas of the model."""
 
@@ -207,36 +210,16 @@ class Watch:
 
     def pooled(self) -> Evidence:
         """What was measured, of all replicas together: their gradients agree, their activations do not."""
-        group, quantities = self.surroundings.group, sorted(self.needs & ACTIVATIONS)
-        if group is None or not quantities:
-            return self.evidence
-        state = self.evidence.state_dict()
-        for name, place in self.discovery.places.items():
-            for quantity in quantities:
-                one = state["sums"][name].pop(quantity.value, {"total": torch.zeros(place.site.num_units), "count": 0})
-                total = one["total"].to(place.weight.device, torch.float64)
-                packed = torch.cat([total, torch.as_tensor(one["count"]).to(total).reshape(1)])
-                dist.all_reduce(packed, group=group)
-                if packed[-1]:
-                    state["sums"][name][quantity.value] = {"total": packed[:-1], "count": packed[-1]}
-        together = Evidence(self.evidence.sites, source=self.evidence.source)
-        together.load_state_dict(state)
-        return together
-
-    def agreed(self, value: Any) -> float:
-        """A value as a number, the mean over all replicas, so that their schedules do the same."""
-        try:
-            number = float(value.detach() if isinstance(value, Tensor) else value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ScheduleError(
-                f"step takes a number or a tensor of one element, found {type(value).__name__}: {error}"
-            ) from error
         if self.surroundings.group is None:
-            return number
-        device = next(iter(self.discovery.places.values())).weight.device
-        shared = torch.tensor([number], dtype=torch.float64, device=device)
-        dist.all_reduce(shared, group=self.surroundings.group)
-        return float(shared) / dist.get_world_size(self.surroundings.group)
+            return self.evidence
+        return pooled(self.surroundings.wrapped, self.evidence, self.needs)
+
+    def agreed(self, value: Any) -> float | None:
+        """A value as a number, the mean over all replicas that have one, so that their schedules do the same."""
+        group = self.surroundings.group
+        if group is None:
+            return _number(value)
+        return mean_of_all(value, group, next(self.discovery.model.parameters()).device)
 
     # -- the model
 
@@ -303,18 +286,47 @@ class Watch:
         self._release()
 
 
-def process_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The processes of a model in DistributedDataParallel, compiled or not."""
-    while isinstance(model, torch._dynamo.OptimizedModule):
-        model = model._orig_mod
-    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+def _number(value: Any) -> float | None:
+    """A number, or a tensor of one element, as a number.
+
+    Raises:
+        ScheduleError: it is neither.
+    """
+    try:
+        return None if value is None else float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ScheduleError(
+            f"step takes a number or a tensor of one element, found {type(value).__name__}: {error}"
+        ) from error
 
 
-def common_generator(group: dist.ProcessGroup, device: torch.device) -> torch.Generator:
-    """A generator that all processes seed as the first of them does."""
-    seed = torch.tensor([torch.initial_seed() % 2**63], device=device)
-    dist.broadcast(seed, group=group, group_src=0)
-    return torch.Generator().manual_seed(int(seed))
+def mean_of_all(value: Any, group: dist.ProcessGroup, device: torch.device) -> float | None:
+    """The mean of the values of those processes that have one, in one all-reduce of 24 bytes; None where none has.
+
+    Raises:
+        ScheduleError: what this process has is no number; DistributedError: what another one has.
+    """
+    number, wrong = None, None
+    try:
+        number = _number(value)
+    except ScheduleError as error:
+        wrong = error
+    own = [0.0 if number is None else number, float(number is not None), float(wrong is not None)]
+    shared = torch.tensor(own, dtype=torch.float64, device=device)
+    dist.all_reduce(shared, group=group)
+    total, count, num_wrong = shared.tolist()
+    if wrong is not None:
+        raise wrong
+    if num_wrong:
+        raise DistributedError(f"{int(num_wrong)} of {group.size()} processes passed step a value that is no number")
+    return total / count if count else None
+
+
+def common_generator(model: nn.Module) -> torch.Generator:
+    """A generator that all processes that hold a model seed as the first of them does."""
+    with together(model):
+        seed = agreed_number("the seed of a generator", torch.initial_seed() % 2**62)
+    return torch.Generator().manual_seed(seed)
 
 
 def ages_of(discovery: Discovery, optimizers: Sequence[Optimizer]) -> dict[str, dict[int, int]]:
@@ -328,8 +340,9 @@ def ages_of(discovery: Discovery, optimizers: Sequence[Optimizer]) -> dict[str, 
         now = optimizer_state.age_clock(optimizers, place.weight)
         if place.bank is None or now is None:
             continue
-        births = {m.unit: m.births[0] for m in place.bank.rows.members()}  # in order: the latest operation stays
-        found[name] = {unit: now - born for unit, born in births.items() if 0 <= born <= now}
+        rows = place.bank.rows
+        born = dict(zip(rows.unit.tolist(), rows.steps(0), strict=True))  # in order: the latest operation stays
+        found[name] = {unit: now - step for unit, step in born.items() if step is not None and step <= now}
     return found
 
 

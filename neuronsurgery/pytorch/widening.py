@@ -21,9 +21,10 @@ from neuronsurgery.pytorch import optimizers as optimizer_state
 from neuronsurgery.pytorch.checking import SameOutput
 from neuronsurgery.pytorch.consuming import Consumer
 from neuronsurgery.pytorch.drawing import check_drawing, generator_kept
+from neuronsurgery.pytorch.fsdp import require_whole
 from neuronsurgery.pytorch.layouts import Passed
 from neuronsurgery.pytorch.links import Dropout, Norm, Reshape
-from neuronsurgery.pytorch.models import unwrap
+from neuronsurgery.pytorch.models import unwrap, wrappers_of
 from neuronsurgery.pytorch.places import Place, Slots, owners_of
 from neuronsurgery.pytorch.products import Convolution
 from neuronsurgery.pytorch.renewing import Subject, prepared, reported, seed_of
@@ -31,10 +32,9 @@ from neuronsurgery.pytorch.resizing import check_resizable, resized, said
 from neuronsurgery.pytorch.swapped import with_parameters_in_place
 from neuronsurgery.pytorch.transaction import Change, Later, SetItem, WriteRows
 from neuronsurgery.pytorch.unit_axes import UnitAxes
-from neuronsurgery.pytorch.watching import process_group
 from neuronsurgery.reports import Report
 
-__all__ = ["why_not_wider", "widen"]
+__all__ = ["Owners", "why_not_wider", "widen"]
 
 
 @with_parameters_in_place
@@ -47,8 +47,9 @@ def widen(
     generator: torch.Generator | None = None,
 ) -> Report:
     """Split the units of a plan in two; see `neuronsurgery.surgery.widen`."""
+    require_whole(model, "widen")
     check_drawing(None, generator)
-    if process_group(model) is not None:
+    if any(isinstance(each, nn.parallel.DistributedDataParallel) for each in wrappers_of(model)):
         raise ModelError("DistributedDataParallel keeps the sizes of parameters: widen the module before it is wrapped")
     owners = owners_of(unwrap(model))
     taken: dict[int, str] = {}
@@ -81,7 +82,7 @@ def why_not_wider(place: Place, readers: tuple[Consumer, ...], owners: Owners) -
         return "its units are in groups of equal size"
     for link in place.path.links:
         if isinstance(link, Norm):
-            return f"'{link.name}' takes its statistics over all units: a unit that is there twice would move them"
+            return f"'{link.name}' takes its statistics over all units: more of them would move those"
         if isinstance(link, Reshape):
             return f"'{link.name}' says in the code how many units there are"
     tensors = [slots.tensor for slots in place.slots if slots is not None and slots.axes is not None]
@@ -105,7 +106,7 @@ def _why_fixed(consumer: Consumer, owners: Owners) -> str:
         return f"what it passes on the way to '{consumer.name}' has numbers of its own for each unit"
     if consumer.layout.is_fixed:
         return f"the code on the way to '{consumer.name}' says how many entries there are"
-    if len(consumer.axes.axes) > 1 or isinstance(owner, nn.RNNBase | nn.RNNCellBase):
+    if len(consumer.axes.axes) > 1 or isinstance(owner, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
         return f"its consumer '{consumer.name}' ({type(owner).__name__}) has other tensors that depend on its inputs"
     return ""
 

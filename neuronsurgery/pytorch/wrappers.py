@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery.errors import OptimizerError
+from neuronsurgery.pytorch.sharding import held, own_units
 from neuronsurgery.pytorch.transaction import Change, WriteRows, revert
 from neuronsurgery.pytorch.unit_axes import UnitAxes
 
@@ -78,8 +79,9 @@ class CopyRows:
 
     def apply(self) -> None:
         with torch.no_grad():
-            values = self.axes.take(self.parameter.detach(), self.rows.to(self.parameter.device))
-        self.writes = [WriteRows(self.entry, self.rows.to(self.entry.device), values, self.axes)]
+            rows = own_units(self.parameter, self.rows, self.axes)
+            values = self.axes.take(held(self.parameter.detach()), rows.to(self.parameter.device))
+        self.writes = [WriteRows(held(self.entry), rows.to(self.entry.device), values, self.axes)]
         self.writes[0].apply()
 
     def revert(self) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +88,8 @@ class Watched:
     def pooled(self) -> Evidence:
         return self.evidence
 
-    def agreed(self, value: Any) -> float:
-        return float(value)
+    def agreed(self, value: Any) -> float | None:
+        return None if value is None else float(value)
 
     def ages(self) -> Mapping[str, Mapping[int, int]]:
         return self.counted
@@ -115,6 +116,12 @@ class Backend:
 
     def seed(self, model: Any, generator: Any) -> int:
         return 0
+
+    def together(self, model: Any) -> nullcontext[None]:
+        return nullcontext()
+
+    def agreed_units(self, point: str, units: Mapping[str, Any]) -> Mapping[str, Any]:
+        return units
 
 
 class Method:

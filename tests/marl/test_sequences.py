@@ -50,7 +50,8 @@ def before_and_after_the_switch(*layers: Layer) -> tuple[Run, Run]:
 
 
 def first_episode_rewards(run: Run, num_episodes: int) -> torch.Tensor:
-    return run.replay.latest(num_episodes)["reward"]
+    rewards: torch.Tensor = run.replay.latest(num_episodes)["reward"]
+    return rewards
 
 
 # -- lengths
@@ -176,15 +177,14 @@ def test_tasks_that_are_over_keep_their_length_and_later_ones_may_change(tmp_pat
     assert_same_run(resumed, whole)
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "free": {"punishment": 0.0},
+    "costly": {"punishment": -2.0},
+    "alone": {"stag_catchers": 1},
+}
+GAME: dict[str, Any] = PREDATOR_PREY["tasks"][0]  # type: ignore[index]
 THREE: Layer = {
-    "tasks": [
-        {**PREDATOR_PREY["tasks"][0], "name": name, "options": {**PREDATOR_PREY["tasks"][0]["options"], **changes}}  # type: ignore[index]
-        for name, changes in {
-            "free": {"punishment": 0.0},
-            "costly": {"punishment": -2.0},
-            "alone": {"stag_catchers": 1},
-        }.items()
-    ],
+    "tasks": [{**GAME, "name": name, "options": {**GAME["options"], **changes}} for name, changes in CHANGES.items()],
     "training": {"num_steps": 60, "num_parallel": 4, "evaluate_every": 20, "save_every": 30},
     "switch": {"keep_episodes": 6},
     "all_tasks": {"num_episodes": 3, "every": 45},
@@ -218,7 +218,7 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.situation("Training runs", "`marl`: a sequence of tasks killed in the second and resumed", "works")
+@pytest.mark.situation("Checkpoints and copies", "`marl`: tasks in a row, killed in the second and resumed", "works")
 def test_sequences_killed_in_their_second_task_and_resumed_have_the_curves_of_whole_ones(tmp_path: Path) -> None:
     cases = {
         "games with knife": small(MATRIX, KNIFE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,12 +65,21 @@ def test_preset_is_what_was_published(column: int, name: Any, algorithm: Any) ->
         assert getattr(settings.mixer, field) == values[column], field
 
 
+def test_smacv2s_preset_is_pymarl2s_with_less_weight_on_later_values() -> None:
+    base = preset("pymarl2", "qmix")
+    assert preset("smacv2", "qmix") == replace(base, loss=replace(base.loss, td_lambda=0.4))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
             lambda: preset("pymarl3", "qmix"),  # type: ignore[arg-type]
-            "unknown preset 'pymarl3': choose one of 'pymarl', 'reborn', 'pymarl2'",
+            "unknown preset 'pymarl3': choose one of 'pymarl', 'reborn', 'pymarl2', 'smacv2'",
+        ),
+        (
+            lambda: preset("smacv2", "vdn"),
+            "unknown algorithm 'vdn': choose one of 'qmix'",
         ),
         (
             lambda: preset("pymarl", "iql"),  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from marl.environments import matrix_tasks
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
+from marl.networks import Networks
 from marl.run import make_run
 from marl.run_settings import SurgerySettings, run_settings
 from marl.settings import (
@@ -27,6 +28,7 @@ from marl.settings import (
 from marl.surgery import Operations, load_learner, operable_sites, unit_shares
 from marl.training import train
 from neuronsurgery import surgery
+from neuronsurgery.pytorch.composites import Composite
 from tests.marl.batches import made_up_episodes, new_learner
 
 SMALL: dict[str, MixerSettings] = {"qmix": QMIXSettings(6, 2, 8), "qplex": QPLEXSettings(2, 2, 6, 8)}
@@ -261,9 +263,35 @@ def test_methods_of_whole_layers_concern_the_layers_asked_for(method: str) -> No
     assert (not head or not any(value.any() for value in head.values())) == (method != "shrink_and_perturb")
 
 
+def test_units_that_fade_to_fresh_ones_fall_silent_online_and_in_the_target_with_the_next_sync() -> None:
+    learner, episodes = small_learner(), made_up_episodes()
+    settings = {"method": "fade_to_fresh", "criterion": "all", "parts": ("agent",), "retire": 3, "every": 2}
+    operating = operations(learner, **settings, cooldown=0)
+    learn(learner, operating, 1)
+    operating.see(episodes)
+    learner.update(episodes)
+    online = learner.estimate(episodes).q_tot
+    assert operating.step() is not None
+    assert (learner.estimate(episodes).q_tot - online).abs().max() > 1e-3
+    assert fades_of(learner.online) == {0.0, 1.0} and fades_of(learner.target) == {1.0}
+    learner.update_targets(num_episodes=10**6)
+    assert fades_of(learner.target) == {0.0, 1.0} and same_values(learner, episodes)
+    learn(learner, operating, 3)
+    assert surgery.consolidate(learner.online, mirrors=[learner.target], optimizer=learner.optimizer).num_rows > 0
+
+
+def fades_of(networks: Networks) -> set[float]:
+    banks = [each for each in networks.modules() if isinstance(each, Composite)]
+    return {value for bank in banks for value in bank.live_fade().tolist()}
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
-    [({"method": "redo", "retire": 5}, "only knife"), ({"method": "knife", "layers": ("agent",)}, "set parts")],
+    [
+        ({"method": "redo", "retire": 5}, "only knife and fade_to_fresh"),
+        ({"method": "fade_to_fresh"}, "set retire"),
+        ({"method": "knife", "layers": ("agent",)}, "set parts"),
+    ],
 )
 def test_options_of_other_methods_are_refused(settings: dict[str, Any], complaint: str) -> None:
     with pytest.raises(SettingsError, match=complaint):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from neuronsurgery import surgery
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fading import FADING
 from neuronsurgery.pytorch.operating import num_weights
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
@@ -150,9 +151,43 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count() -> None:
 def test_an_optimizer_that_counts_anew_brings_nothing_back() -> None:
     model, optimizer = operated()
     train(model, optimizer, 2)
-    surgery.reset_optimizer(model, optimizer=optimizer)
+    optimizer.state.clear()
     train(model, optimizer, 1)
     assert fade_of(model) == [0.5] * 4
+
+
+@pytest.mark.parametrize("name", ["adam", "capturable", "momentum"])
+@pytest.mark.situation("When to operate", "optimizer reset in the middle of a fade", "works")
+def test_a_fade_goes_on_at_its_pace_when_the_optimizer_is_reset_and_after_a_resume(name: str) -> None:
+    model = build()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    train(model, optimizer, 3)
+    surgery.knife(model, surgery.Units({"0": [1, 5]}), optimizer=optimizer, retire=N)
+    seen = []
+    for _ in range(N - 1):
+        train(model, optimizer, 1)
+        surgery.reset_optimizer(model, optimizer=optimizer)
+        assert surgery.check(model, optimizer).ok
+        seen.append(fade_of(model)[0])
+    assert seen == [0.75, 0.5, 0.25]
+    copied = copy.deepcopy(model)
+    other = OPTIMIZERS[name](copied.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    surgery.attach(copied, other)
+    train(copied, other, 1)
+    assert fade_of(copied) == [0.0] * 4
+
+
+def test_units_in_a_fade_keep_their_age_when_the_optimizer_is_reset() -> None:
+    model, optimizer = operated()
+    train(model, optimizer, 2)
+    surgery.reset_optimizer(model, optimizer=optimizer)
+    train(model, optimizer, 1)
+    everything = surgery.Random(1.0)
+    report = surgery.knife(model, everything, optimizer=optimizer, cooldown=4, max_growth=9.0)
+    assert report.operated == {"0": (0, 2, 3, 4, 6, 7)}
+    report = surgery.knife(model, everything, optimizer=optimizer, cooldown=3, max_growth=9.0)
+    assert report.operated == {"0": (1, 5)}
 
 
 def test_gradients_reach_the_slots_and_no_frozen_row_moves() -> None:
@@ -463,6 +498,24 @@ def test_a_fault_in_the_middle_of_a_consolidation_leaves_no_trace(monkeypatch: p
     assert [type(module) for module in model.modules()] == classes
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_fault_in_an_operation_lets_no_bank_fade_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    surgery.knife(model, surgery.Units({"0": [1]}), optimizer=optimizer, retire=N)
+    entries = list(FADING[optimizer].entries)
+    counts = itertools.count()
+
+    def fails(module: nn.Module) -> int:
+        if next(counts):
+            raise KeyboardInterrupt
+        return num_weights(module)
+
+    monkeypatch.setattr("neuronsurgery.pytorch.operating.num_weights", fails)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.knife(model, surgery.Units({"2": [1]}), optimizer=optimizer, retire=N)
+    assert FADING[optimizer].entries == entries and len(entries) == 1
 
 
 # -- the bound -------------------------------------------------------------------------------------------------------

@@ -322,6 +322,19 @@ def test_a_schedule_without_a_criterion_resets_layers_periodically() -> None:
     assert str(schedule).startswith("Schedule: reset at Every(")
 
 
+def test_a_model_without_sites_is_reset_on_a_plateau() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    how = {"operate": surgery.Plateau(2), "method": surgery.reset_optimizer}
+    with surgery.Schedule(model, optimizer, None, **how) as schedule:  # type: ignore[arg-type]
+        acted = []
+        for _ in range(4):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            acted.append(schedule.step(1.0) is not None)
+    assert acted == [False, False, True, False]
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from neuronsurgery import surgery
 from neuronsurgery.surgery import Every, Lowest, Plateau
+from tests.processes import NEEDS_FORK, in_processes
 from tests.snapshots import bits
 
 WORLD = 2
 ACTIVATION = surgery.Quantity.ACTIVATION
-NEEDS_FORK = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 
 
 def network() -> nn.Sequential:
@@ -41,27 +35,6 @@ def take(model: nn.Module, optimizer: Any, x: Tensor) -> Tensor:
     loss.backward()
     optimizer.step()
     return loss
-
-
-def in_processes(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    """What a function returns for each rank, in processes of one group."""
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            try:
-                met, patience = f"file://{folder / 'store'}", timedelta(seconds=60)
-                dist.init_process_group("gloo", met, patience, world_size=WORLD, rank=rank)
-                torch.save(work(rank), folder / f"result {rank}")
-                dist.destroy_process_group()
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * WORLD, "a process failed"
-    return [torch.load(folder / f"result {rank}", weights_only=True) for rank in range(WORLD)]
 
 
 def summary(model: nn.Module, schedule: surgery.Schedule) -> dict[str, Any]:

@@ -128,7 +128,15 @@ def train(model: Any, optimizer: Any, method: Any, steps: range) -> None:
 METHODS: dict[str, Any] = {
     "ContinualBackprop": lambda model, optimizer: surgery.ContinualBackprop(model, optimizer, rate=0.03, maturity=2),
     "CCBP": lambda model, optimizer: surgery.CCBP(model, optimizer, every=3),
+    "ContinualBackprop, scheduled": lambda model, optimizer: scheduled(
+        model, optimizer, method=surgery.ContinualBackprop, rate=0.03, maturity=2
+    ),
+    "CCBP, scheduled": lambda model, optimizer: scheduled(model, optimizer, method=surgery.CCBP, every=3),
 }
+
+
+def scheduled(model: Any, optimizer: Any, **options: Any) -> surgery.Schedule:
+    return surgery.Schedule(model, optimizer, None, operate=surgery.Every(1), **options)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -139,6 +147,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(name: str) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     method = METHODS[name](model, optimizer)
     train(model, optimizer, method, range(14))
+    so_far = method.num_units
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict(), method.state_dict()], file)
     file.seek(0)
@@ -157,9 +166,56 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(name: str) -> None:
     method.load_state_dict(states[2])
     train(model, optimizer, method, range(14, 30))
     train(resumed, again, other, range(14, 30))
-    assert method.num_units == other.num_units > states[2]["num_units"]
+    assert method.num_units == other.num_units > so_far
     for one, two in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["ContinualBackprop", "CCBP"])
+def test_a_schedule_lets_it_run_as_by_itself(name: str) -> None:
+    reports, weights = [], []
+    for each in (name, f"{name}, scheduled"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        with METHODS[each](model, optimizer) as method:
+            train(model, optimizer, method, range(20))
+        reports.append([method.num_steps, method.num_units, method.last and method.last.operated])
+        weights.append([parameter.detach().clone() for parameter in model.parameters()])
+        model(torch.rand(3, 4)).sum().backward()  # closed: nothing listens
+        assert type(model) is nn.Sequential
+    assert reports[0] == reports[1] and reports[0][1] > 0
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"criterion": "stagnant", "operate": surgery.Every(1)}, "found criterion=Stagnant"),
+        ({"criterion": None, "operate": surgery.Every(5)}, r"operate=Every\(5\): pass criterion=None, "),
+        ({"criterion": None, "operate": surgery.Every(1), "mirrors": copy.deepcopy(network())}, "and mirrors"),
+        ({"criterion": None, "operate": surgery.Every(1), "verify": X}, "cannot be called as ContinualBackprop"),
+        ({"criterion": None, "operate": surgery.Every(1), "rat": 0.1}, "cannot be called as ContinualBackprop"),
+    ],
+)
+def test_a_schedule_refuses_what_it_has_no_use_for(options: dict[str, Any], complaint: str) -> None:
+    model = network()
+    with pytest.raises(ScheduleError, match=complaint):
+        surgery.Schedule(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), method=surgery.ContinualBackprop, **options
+        )
+
+
+def test_a_state_of_a_schedule_of_another_method_is_refused() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = scheduled(model, optimizer, method=surgery.reset_optimizer).state_dict()
+    with pytest.raises(ScheduleError, match="another method: here it is ContinualBackprop"):
+        scheduled(model, optimizer, method=surgery.ContinualBackprop).load_state_dict(state)
+    with pytest.raises(ScheduleError, match="another method: here it is reset_optimizer"):
+        scheduled(model, optimizer, method=surgery.reset_optimizer).load_state_dict(
+            scheduled(model, optimizer, method=surgery.CCBP).state_dict()
+        )
 
 
 # -- CCBP ------------------------------------------------------------------------------------------------------------

@@ -138,6 +138,95 @@ def test_undo_of_part_keeps_the_units_operated_on_otherwise():
     assert everything(found.model) == between
 
 
+# -- without a report ------------------------------------------------------------------------------------------------
+
+
+def test_the_last_operation_is_undone_by_default_down_to_the_first():
+    found = subject()
+    found.model.eval()
+    states, reports = [], []
+    for units in ([1, 5], [5, 6], [15]):
+        states.append(everything(found.model))
+        reports.append(operated(found, *units))
+    while reports:
+        report, undone = reports.pop(), surgery.undo(found.model, optimizer=found.optimizers)
+        assert (undone.operation, undone.operated) == (report.operation, report.operated)
+        assert everything(found.model) == states.pop()
+    with pytest.raises(surgery.UndoError, match="no composite unit: there is nothing to undo"):
+        surgery.undo(found.model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_operation_of_which_no_unit_was_touched_later_is_undone_by_its_number(model):
+    by_number, by_report = subject(model), subject(model)
+    for found in (by_number, by_report):
+        operated(found, 3)
+        middle = operated(found, 1, 5)
+        operated(found, 3, 6)
+        surgery.undo(found.model, 2 if found is by_number else middle, found.optimizers)
+    assert numbers(by_number.model) == [1, 3]
+    first, second = by_number.model.state_dict(), by_report.model.state_dict()
+    assert {key: bits(value) for key, value in first.items()} == {key: bits(value) for key, value in second.items()}
+    surgery.undo(by_number.model, 3)
+    surgery.undo(by_number.model, 1)
+    assert numbers(by_number.model) == []
+
+
+def numbers(model: nn.Module) -> list[int]:
+    return list(surgery.composites(model).operations)
+
+
+def test_an_operation_by_number_with_a_later_one_on_its_units_is_refused():
+    found = subject()
+    operated(found, 1, 5)
+    operated(found, 5)
+    before = everything(found.model)
+    with pytest.raises(surgery.UndoError, match=r"operation 2 came after operation 1 on units \[5\]"):
+        surgery.undo(found.model, 1)
+    assert everything(found.model) == before
+
+
+def test_a_number_that_the_banks_do_not_hold_is_refused_with_those_that_they_do():
+    found = subject()
+    for unit in (1, 2):
+        operated(found, unit)
+    with pytest.raises(surgery.UndoError, match="operation 7 is not in this model, whose banks hold 1, 2"):
+        surgery.undo(found.model, 7)
+    wrongs: tuple[Any, ...] = (True, "1")
+    for wrong in wrongs:
+        with pytest.raises(surgery.UndoError, match="pass its report, its number, or nothing for the last"):
+            surgery.undo(found.model, wrong)
+
+
+def test_an_operation_that_was_consolidated_in_part_is_undone_by_number_only():
+    found = subject()
+    first = operated(found, 1, 5)
+    operated(found, 1)  # no step between: of unit 1 the first operation's active member never moved
+    surgery.consolidate(found.model)
+    assert surgery.composites(found.model).operations == {1: {"0": (5,), "2": (5,)}, 2: {"0": (1,), "2": (1,)}}
+    with pytest.raises(surgery.UndoError, match=r"only units \[5\] are left.*surgery.undo\(model, 1\)"):
+        surgery.undo(found.model, first)
+    assert surgery.undo(found.model, 1).operated == {"0": (5,), "2": (5,)}
+    assert surgery.undo(found.model, 2).operated == {"0": (1,), "2": (1,)}
+    assert everything(found.model)["keys"] == everything(subject().model)["keys"]
+
+
+def test_an_operation_whose_rows_fade_is_refused_by_number_too():
+    found = subject("sequential", "adam")
+    operated(found, 1, retire=9)
+    found.train(1)
+    with pytest.raises(surgery.UndoError, match="have begun to fade"):
+        surgery.undo(found.model)
+
+
+def test_the_report_of_an_undo_by_number_prints_the_operation_as_its_own_report_does():
+    found, other = subject(), subject()
+    reports = [operated(each, 1, 5) for each in (found, other)]
+    by_number, by_report = surgery.undo(found.model, 1), surgery.undo(other.model, reports[1])
+    assert str(by_number).splitlines()[1:4] == str(by_report).splitlines()[1:4]
+    assert by_number.plan.units == reports[0].plan.units and by_number.notes == ("operation 1 was undone",)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -169,7 +169,7 @@ class Viewed(nn.Module):
 DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a norm over units": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 2)),
-        *("0", "a unit that is there twice would move them"),
+        *("0", "more of them would move those"),
     ),
     "a norm behind": (
         lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 2)),

@@ -13,19 +13,22 @@ from torch import Tensor
 from marl.environments import ENVIRONMENTS, Environment, Observation, Outcome, make_environment
 from marl.environments.protocol import Clock
 from marl.errors import ActionError, SettingsError
+from tests.marl.environments.battles import NEEDS_SMAX
 from tests.marl.environments.playing import uniform_actions
 
 LARGE = {"predator_prey_m", "predator_prey_l", "smacv2", "smac"}
+COMPILED = {"smax"}  # for each number of parallel episodes, for some ten seconds
 SHORT: dict[str, dict[str, Any]] = {name: {"episode_limit": 6} for name in ENVIRONMENTS if "predator" in name}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, SHORT.get(name, {})) for name in ENVIRONMENTS if name not in LARGE),
+    *((name, SHORT.get(name, {})) for name in ENVIRONMENTS if name not in LARGE | COMPILED),
     ("matrix_game", {"payoff": [[[1, 2]], [[3, 4]], [[5, 6]]], "obs": "step", "state": "zeros"}),
     ("matrix_game", {"payoff": "knife", "obs": "one_hot_step", "state": "one_hot_step"}),
     ("contextual_matrix_game", {"payoffs": ["qtran", "climbing", "knife"]}),
     # Small enough for episodes to end at different times, and for every array of one row.
     ("predator_prey", {"height": 1, "width": 9, "num_agents": 3, "num_stags": 0, "num_hares": 2, "episode_limit": 40}),
 ]
-every_environment = pytest.mark.parametrize(("name", "options"), CASES, ids=lambda value: str(value)[:40])
+SLOW = pytest.param("smax", {"scenario": "3m", "episode_limit": 30}, marks=[pytest.mark.slow, NEEDS_SMAX])
+every_environment = pytest.mark.parametrize(("name", "options"), [*CASES, SLOW], ids=lambda value: str(value)[:40])
 
 
 def played(environment: Environment, seed: int | None, extra_steps: int = 2) -> Iterator[Observation | Outcome]:
