@@ -31,7 +31,12 @@ RACES: Mapping[str, Race] = {
     "terran": Race({"marine": 0.45, "marauder": 0.45, "medivac": 0.1}, ("medivac",)),
     "zerg": Race({"zergling": 0.45, "baneling": 0.1, "hydralisk": 0.45}, ("baneling",)),
 }
-POSITIONS = ("surrounded_and_reflect", "surrounded", "reflect")
+POSITIONS: Mapping[str, str] = {
+    "surrounded_and_reflect": "surrounded_and_reflect",
+    "surrounded": "surrounded",
+    "reflect": "reflect_position",
+}
+"""What the package calls them."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class Smacv2Settings(StarcraftSettings):
         }
         if race.exceptions:
             team["exception_unit_types"] = list(race.exceptions)
-        places = {"dist_type": self.positions, "p": self.reflected, "map_x": 32, "map_y": 32}
+        places = {"dist_type": POSITIONS[self.positions], "p": self.reflected, "map_x": 32, "map_y": 32}
         return {"n_units": self.num_units, "n_enemies": self.num_enemies, "team_gen": team, "start_positions": places}
 
 

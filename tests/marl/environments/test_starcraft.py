@@ -14,10 +14,12 @@ from tensordict import TensorDict
 
 from marl.agents import AgentInputs, FeedForwardAgent
 from marl.environments import Smacv2Settings, Starcraft, make_environment
+from marl.environments.starcraft_settings import POSITIONS
 from marl.errors import GameError, MissingExtraError, SettingsError
 from marl.rollout import collect, whole
 
 FAKES = "tests.marl.environments.fake_starcraft"
+SIZES_3S_VS_5Z = (3, 11, 48, 68, 250)
 AGENT = AgentInputs(num_agents=2, num_actions=7, obs_size=3)
 
 
@@ -88,6 +90,24 @@ def test_without_the_package_the_error_says_where_it_is() -> None:
 def test_settings_that_make_no_game_are_refused_before_anything_is_started() -> None:
     with pytest.raises(SettingsError, match="there is no race 'elf'"):
         make_environment("smacv2", 1, race="elf")
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions_have_the_names_of_the_package(positions: str) -> None:
+    places = Smacv2Settings(positions=positions).arguments(0)["capability_config"]["start_positions"]
+    assert places["dist_type"] in {"surrounded_and_reflect", "surrounded", "reflect_position"}  # all that it registers
+
+
+@pytest.mark.skipif(find_spec("smacv2") is None, reason="smacv2 is not installed")
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_package_makes_games_with_all_positions(positions: str) -> None:
+    assert make_environment("smacv2", 1, positions=positions).spec.num_agents == 5
+
+
+@pytest.mark.skipif(find_spec("smac") is None, reason="smac is not installed")
+def test_smac_has_the_published_sizes() -> None:
+    spec = make_environment("smac", 1).spec
+    assert (spec.num_agents, spec.num_actions, spec.obs_size, spec.state_size, spec.episode_limit) == SIZES_3S_VS_5Z
 
 
 @pytest.mark.skipif(find_spec("smacv2") is None, reason="smacv2 is not installed")
