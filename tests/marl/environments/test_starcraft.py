@@ -13,10 +13,14 @@ import torch
 from tensordict import TensorDict
 
 from marl.agents import AgentInputs, FeedForwardAgent
+from marl.configuring import Layer
 from marl.environments import Smacv2Settings, Starcraft, make_environment
 from marl.environments.starcraft_settings import POSITIONS
 from marl.errors import GameError, MissingExtraError, SettingsError
 from marl.rollout import collect, whole
+from marl.run import make_run
+from marl.training import train
+from tests.marl.runs import Recorder, small
 
 FAKES = "tests.marl.environments.fake_starcraft"
 SIZES_3S_VS_5Z = (3, 11, 48, 68, 250)
@@ -54,6 +58,23 @@ def test_a_crash_costs_the_step_in_which_it_happens_and_the_next_episode_is_play
     assert after["obs"][:, 0, 0, 1].tolist() == [1, 1]  # the first of another process
     assert after["mask"].sum(dim=1).min() >= 4
     assert len(whole(first)) == 2
+
+
+def test_a_run_whose_games_crash_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Smacv2Settings, "client", f"{FAKES}:Dies")
+    layer: Layer = {
+        "tasks": [{"name": "battle", "environment": "smacv2"}],
+        "training": {"num_steps": 30, "num_parallel": 2, "evaluate_every": 15, "num_evaluation_episodes": 4},
+    }
+    run, recorder = make_run(small(layer)), Recorder()
+    train(run, recorder)
+    assert run.is_over and run.progress.num_updates > 0
+    assert isinstance(run.environment, Starcraft) and run.environment.num_restarts >= 2
+    mask = run.replay.latest(len(run.replay))["mask"]
+    assert (
+        int(mask.sum()) == run.progress.num_steps and 2 in mask.sum(dim=1).tolist()
+    )  # those cut short are learned from
+    assert all(record["test/return"] >= 0 for record in recorder.records)
 
 
 def test_seeds_decide_the_teams_and_the_end_of_time_is_no_defeat() -> None:
