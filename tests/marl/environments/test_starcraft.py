@@ -74,7 +74,7 @@ def test_a_run_whose_games_crash_is_not_lost(monkeypatch: pytest.MonkeyPatch) ->
     assert (
         int(mask.sum()) == run.progress.num_steps and 2 in mask.sum(dim=1).tolist()
     )  # those cut short are learned from
-    assert all(record["test/return"] >= 0 for record in recorder.records)
+    assert all(float(record["test/return"]) >= 0 for record in recorder.records)
 
 
 def test_seeds_decide_the_teams_and_the_end_of_time_is_no_defeat() -> None:
