@@ -9,9 +9,9 @@ from tensordict import TensorDict
 
 from marl.diagnostics import diagnose
 from marl.evaluation import evaluate, returns_of
+from marl.generated import all_shares
 from marl.learner import Update
 from marl.seeding import seed_for
-from marl.surgery import unit_shares
 
 if TYPE_CHECKING:
     from marl.run import Run
@@ -99,6 +99,6 @@ def _diagnosed(run: Run) -> Record:
 
 def _units(run: Run) -> Record:
     """Shares of units, and how much they have grown since before the first update."""
-    now = unit_shares(run.learner, run.recent_episodes())
+    now = all_shares(run.learner, run.recent_episodes())
     grown = {f"{name}_grown": share - run.at_start[name] for name, share in now.items() if name in run.at_start}
     return {**now, **grown}

@@ -34,6 +34,7 @@ __all__ = [
     "operate_on_layers",
     "operate_on_units",
     "reset_optimizer",
+    "stagnant_share",
     "unit_shares",
     "unit_shares_of_norms",
     "write_fades",
@@ -252,6 +253,20 @@ def unit_shares_of_norms(sites: surgery.Sites, norms: Sequence[Norms]) -> dict[s
         if num_units:
             shares[f"{part}/stagnant"] = sum(len(chosen.get(site, ())) for site in own) / num_units
     return shares
+
+
+def stagnant_share(weight: Tensor, gradient: Tensor) -> Tensor:
+    """The share of units that are stagnant (...) by the 2-norms of their weights and of their gradients, (..., H).
+
+    For weights that are no parameters, of which the library knows nothing.
+
+    >>> stagnant_share(torch.ones(4), torch.tensor([0.1, 1.0, 1.0, 1.0]))
+    tensor(0.2500)
+    """
+    activity = gradient / (weight + torch.finfo(weight.dtype).tiny)
+    is_stagnant = activity < surgery.Stagnant().threshold * activity.mean(dim=-1, keepdim=True)
+    share: Tensor = is_stagnant.to(weight.dtype).mean(dim=-1)
+    return share
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from marl.all_tasks import TaskReturn, is_evaluated, take_returns
+from marl.generated import all_shares
 from marl.records import Record, take_record
 from marl.rollout import collect
 from marl.run import Run
-from marl.surgery import unit_shares
 
 __all__ = ["Listener", "Silent", "train"]
 
@@ -74,7 +74,7 @@ def train(run: Run, *listeners: Listener, is_stopped: Callable[[], bool] = never
         episodes = collect(run.environment, run.agent, epsilon=run.epsilon, seed=run.games_seed)
         num_updates_due = run.add(episodes)
         if num_updates_due and not run.at_start:
-            run.at_start = unit_shares(run.learner, run.recent_episodes())
+            run.at_start = all_shares(run.learner, run.recent_episodes())
         for _ in range(num_updates_due):
             _tell_of_operation(run, update(run), listeners)
         for listener in listeners:
