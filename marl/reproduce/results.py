@@ -27,6 +27,8 @@ class Work(Protocol):
     """What a run does, for any seed: a frozen dataclass of plain values."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    side_by_side: ClassVar[int]
+    """Seeds that are trained together, at most; a kill costs that many runs."""
 
     @property
     def label(self) -> str:

@@ -21,9 +21,6 @@ NUM_SEEDS: dict[Scale, int] = {"smoke": 2, "small": 30, "paper": 100}
 FIRST_SEED = 1000
 """Of what is reported; what is tuned has the seeds from 0 on."""
 
-SIDE_BY_SIDE = 16
-"""Seeds of matrix games that train together, at most; a kill costs that many runs."""
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -33,6 +30,8 @@ class Asked:
     """How much is run."""
     num_seeds: int
     """Seeds of what is reported."""
+    is_default: bool = True
+    """Whether nobody has asked for that number, so that what costs more may be content with fewer."""
 
     @staticmethod
     def of(scale: str, num_seeds: int | None = None) -> Asked:
@@ -42,7 +41,7 @@ class Asked:
             SettingsError: there is no such scale, or the seeds are fewer than two.
 
         >>> Asked.of("small")
-        Asked(scale='small', num_seeds=30)
+        Asked(scale='small', num_seeds=30, is_default=True)
         """
         if scale not in get_args(Scale):
             raise SettingsError(f"there is no scale {scale!r}; choose one of {', '.join(map(repr, get_args(Scale)))}")
@@ -50,12 +49,20 @@ class Asked:
         number = NUM_SEEDS[known] if num_seeds is None else num_seeds
         if number < 2:
             raise SettingsError(f"asked for {number} seeds: an interval needs at least 2")
-        return Asked(known, number)
+        return Asked(known, number, num_seeds is None)
 
     @property
     def seeds(self) -> range:
         """Those that are reported."""
-        return range(FIRST_SEED, FIRST_SEED + self.num_seeds)
+        return self.seeds_of(self.num_seeds)
+
+    def seeds_of(self, num_seeds: int) -> range:
+        """Those of what has another number of seeds unless one was asked for.
+
+        >>> Asked.of("small").seeds_of(3), Asked.of("small", 5).seeds_of(3)
+        (range(1000, 1003), range(1000, 1005))
+        """
+        return range(FIRST_SEED, FIRST_SEED + (num_seeds if self.is_default else self.num_seeds))
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class Measure:
     """The arm whose number it is divided by, seed by seed; none: as it is."""
     smallest_effect: float = 0.0
     """How large a difference has to be to count."""
+    curve: str | None = None
+    """What is drawn over time, by its name in each look; none: nothing."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,25 @@ class Panel:
     """The arm without intervention."""
     optimizer: str = "optimizer reset"
     """The arm whose optimizer begins anew at each switch, and nothing else does."""
+    kind: Literal["comparison", "shares"] = "comparison"
+    """Whether arms are judged against these two, or only measured."""
+    num_seeds: int | None = None
+    """Seeds unless a number is asked for; none: as many as the scale has."""
+    unit_of_time: str = "updates"
+    """Of `update` in the looks at a run."""
 
-    def results(self, files: Results, seeds: Sequence[int]) -> dict[str, list[Result]]:
+    def seeds(self, asked: Asked) -> range:
+        """Those that are reported of it."""
+        return asked.seeds if self.num_seeds is None else asked.seeds_of(self.num_seeds)
+
+    def results(self, files: Results, asked: Asked) -> dict[str, list[Result]]:
         """What there is of each arm."""
-        return {name: files.of(Job(work, tuple(seeds))) for name, work in self.arms.items()}
+        return {name: files.of(Job(work, tuple(self.seeds(asked)))) for name, work in self.arms.items()}
+
+    def jobs(self, asked: Asked) -> list[Job]:
+        """What it is made from."""
+        works = dict.fromkeys(self.arms.values())
+        return [job for work in works for job in jobs_of([work], self.seeds(asked), side_by_side=work.side_by_side)]
 
 
 @dataclass(frozen=True)
@@ -112,8 +136,7 @@ class Figure:
 
     def jobs(self, asked: Asked, files: Results) -> list[Job]:
         """What can be run now."""
-        works = [work for panel in self.panels(asked, files) for work in panel.arms.values()]
-        return jobs_of(dict.fromkeys(works), asked.seeds, side_by_side=SIDE_BY_SIDE)
+        return list(dict.fromkeys(job for panel in self.panels(asked, files) for job in panel.jobs(asked)))
 
 
 Runs = Mapping[str, Sequence[Result]]

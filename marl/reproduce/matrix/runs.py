@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class MatrixRun:
     """What is done at each switch."""
     num_looks: int = 1
     """How often each task is measured, evenly, the last time at its end."""
+
+    side_by_side: ClassVar[int] = 16
 
     @property
     def label(self) -> str:
