@@ -19,21 +19,44 @@ from marl.reproduce.statistics import (
     performance_profile,
     probability_of_improvement,
 )
-from marl.reproduce.verdict import Judgement, judge
+from marl.reproduce.summaries import judged, summary
+from marl.reproduce.verdict import Judgement
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["page", "save_picture"]
+__all__ = ["legend", "line", "page", "save_picture", "sections"]
 
 
 def page(figure: Figure, asked: Asked, files: Results) -> str:
     """A figure's claim, and a table with verdicts for each of its panels, in Markdown."""
     lines = [f"# {figure.name}, {asked.scale}", "", f"Claim: {figure.claim}", ""]
+    return "\n".join([*lines, *sections(figure, asked, files, level=2), legend()]) + "\n"
+
+
+def sections(figure: Figure, asked: Asked, files: Results, *, level: int) -> Iterator[str]:
+    """A heading for each panel, what its runs say, the table and the notes, line by line."""
     for panel in figure.panels(asked, files):
         runs = panel.results(files, asked.seeds)
-        lines += [f"## {panel.name}", "", *_table(panel, runs), "", *_notes(panel, runs), ""]
-    return "\n".join([*lines, *_legend()]) + "\n"
+        said, notes = list(summary(panel, runs)), list(_notes(panel, runs))
+        yield from (f"{'#' * level} {panel.name}", "", *said, *[""] * bool(said), *_table(panel, runs), "")
+        yield from (each for note in notes for each in (note, ""))
+
+
+def legend() -> str:
+    """How to read the tables."""
+    return (
+        "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where the "
+        "arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
+        "*Confirmed* needs both intervals above zero and p < 0.05; *contradicted* one below zero; else the question is "
+        "open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks is better, and "
+        "differences below one unit in twenty do not count. s: processor time of a run."
+    )
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def save_picture(figure: Figure, asked: Asked, files: Results, path: Path) -> None:
@@ -61,23 +84,12 @@ def save_picture(figure: Figure, asked: Asked, files: Results, path: Path) -> No
 # -- tables
 
 
-def judged(panel: Panel, runs: Runs, measure: Measure) -> dict[str, Judgement]:
-    """The judgement of each arm that has runs; empty where a control has none."""
-    _, scores = scores_of(runs, measure)
-    controls = (panel.nothing, panel.optimizer)
-    if any(control not in scores for control in controls):
-        return {}
-    methods = [name for name in scores if name not in controls]
-    less, smallest = measure.is_less_better, measure.smallest_effect
-    return judge(scores, methods, controls=controls, is_less_better=less, smallest_effect=smallest)
-
-
 def _table(panel: Panel, runs: Runs) -> Iterator[str]:
     first, units, *others = panel.measures
     columns = [f"{first.name}, mean", "interquartile mean", "better than none by", "than a fresh optimizer by"]
     columns += ["P(better than none)", "p", "verdict", f"{units.name}", "verdict on units"]
-    yield _line(["arm", *columns, *(measure.name for measure in others), "frozen rows", "s"])
-    yield _line(["---"] * (len(columns) + len(others) + 3))
+    yield line(["arm", *columns, *(measure.name for measure in others), "frozen rows", "s"])
+    yield line(["---"] * (len(columns) + len(others) + 3))
     _, scores = scores_of(runs, first)
     on_first, on_units = judged(panel, runs, first), judged(panel, runs, units)
     for name, own in scores.items():
@@ -87,9 +99,9 @@ def _table(panel: Panel, runs: Runs) -> Iterator[str]:
         cells += [_plain(runs, measure, name) for measure in others]
         outcomes = [run.outcome for run in runs[name]]
         rows, seconds = fmean(sum(each["rows"].values()) for each in outcomes), fmean(e["seconds"] for e in outcomes)
-        yield _line([name, *cells, f"{rows:.0f}", f"{seconds:.1f}"])
+        yield line([name, *cells, f"{rows:.0f}", f"{seconds:.1f}"])
     for name, reason in panel.missing.items():
-        yield _line([name, f"not run: {reason}", *[""] * (len(columns) + len(others) + 1)])
+        yield line([name, f"not run: {reason}", *[""] * (len(columns) + len(others) + 1)])
 
 
 def _judgement(found: Judgement | None, chance: str) -> list[str]:
@@ -127,20 +139,6 @@ def _notes(panel: Panel, runs: Runs) -> Iterator[str]:
         f"{len(seeds)} seeds; {len(done)} runs took {seconds / 3600:.2f} hours of processor time; version "
         f"{', '.join(versions)}, commit {', '.join(commits)}."
     )
-
-
-def _legend() -> Iterator[str]:
-    yield (
-        "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where the "
-        "arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
-        "*Confirmed* needs both intervals above zero and p < 0.05; *contradicted* one below zero; else the question is "
-        "open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks is better. s: "
-        "processor time of a run."
-    )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 # -- pictures

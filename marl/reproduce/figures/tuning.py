@@ -32,7 +32,7 @@ from marl.reproduce.matrix.tasks import Kind, TaskSettings
 from marl.reproduce.results import Job, Results, jobs_of
 from marl.run_settings import Part, SurgerySettings
 
-__all__ = ["METHODS", "Method", "grid", "ranked", "tuned", "tuning_jobs"]
+__all__ = ["METHODS", "Method", "grid", "ranked", "sequences", "tried", "tuned", "tuning_jobs"]
 
 Method = Literal["KNIFE", "fade to fresh", "head scaled"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -94,6 +94,14 @@ def ranked(asked: Asked, tasks: TaskSettings, files: Results, method: Method) ->
     tasks, seeds = _tuned_on(asked, tasks), range(ALL_SEEDS[asked.scale])
     finalists = _finalists(asked, tasks, files, method)
     return _ordered(asked, tasks, files, (finalists, seeds)) if finalists else []
+
+
+def tried(asked: Asked, tasks: TaskSettings, files: Results, method: Method) -> dict[Intervention, str]:
+    """How each setting did, on the few seeds of the first round or, in bold, on all of the second."""
+    tasks, few, every = _tuned_on(asked, tasks), range(FIRST_SEEDS[asked.scale]), range(ALL_SEEDS[asked.scale])
+    first = _ordered(asked, tasks, files, (grid(asked, method), few))
+    last = _ordered(asked, tasks, files, (_finalists(asked, tasks, files, method), every))
+    return {each: f"{score:.2f}" for each, score in first} | {each: f"**{score:.2f}**" for each, score in last}
 
 
 def sequences(asked: Asked) -> list[TaskSettings]:
