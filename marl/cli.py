@@ -140,7 +140,8 @@ def play(
 @app.command()
 def reproduce(
     figure: Annotated[
-        str, typer.Argument(help="figure1, figure7, figure8 or all; tuning, of what these are run with.")
+        str,
+        typer.Argument(help="figure1, figure7, figure8 or all; tuning, of what these are run with; show, into a page."),
     ],
     scale: Annotated[str, typer.Option(help="smoke, small (two cores, an hour) or paper (a cluster).")] = "small",
     engine: Annotated[str, typer.Option(help="local processes, or ray.")] = "local",
@@ -149,11 +150,16 @@ def reproduce(
     output: Annotated[Path, typer.Option(help="Where runs and pages go; what is there is not run again.")] = Path(
         "results/reproduce"
     ),
+    page: Annotated[Path, typer.Option(help="With show: the page whose parts are renewed.")] = Path(
+        "docs/reproduction.md"
+    ),
 ) -> None:
     """Reproduce a figure of the paper: runs, tables, verdicts. Stop it at any time; it goes on where it was."""
     with _errors_in_one_line():
-        from marl.reproduce.command import run_command
+        from marl.reproduce.command import run_command, show_command
 
+        if figure == "show":
+            return show_command(scale=scale, num_seeds=seeds, folder=output, page=page)
         is_complete = run_command(
             figure, scale=scale, num_seeds=seeds, engine=(engine, workers or os.cpu_count() or 1), folder=output
         )

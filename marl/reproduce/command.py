@@ -13,9 +13,11 @@ from marl.reproduce import sweep
 from marl.reproduce.engines import Ended, make_engine
 from marl.reproduce.figures.figure import Asked
 from marl.reproduce.figures.registry import figures_of
-from marl.reproduce.reproducing import OnProgress, Reproducing, reproduce, tune
+from marl.reproduce.publishing import publish
+from marl.reproduce.reproducing import RUNS, OnProgress, Reproducing, reproduce, tune
+from marl.reproduce.results import Results
 
-__all__ = ["run_command"]
+__all__ = ["run_command", "show_command"]
 
 TUNING = "tuning"
 
@@ -38,6 +40,17 @@ def run_command(name: str, *, scale: str, num_seeds: int | None, engine: tuple[s
             console.print(f"{figure.name}: {done.page} and {done.picture}", markup=False, highlight=False)
     _report(console, failed)
     return not failed
+
+
+def show_command(*, scale: str, num_seeds: int | None, folder: Path, page: Path) -> None:
+    """Write into a page what came out of the runs that are there; none is run.
+
+    Raises:
+        SettingsError: an unknown scale, or no such page.
+        MissingExtraError: matplotlib is not installed.
+    """
+    parts = publish(figures_of("all"), Asked.of(scale, num_seeds), Results(folder / RUNS), page)
+    Console(soft_wrap=True).print(f"{page}: {', '.join(parts)}", markup=False, highlight=False)
 
 
 @contextmanager

@@ -194,7 +194,18 @@ def _imported_ray() -> Any:
 
 
 def _join_or_start(ray: Any, num_workers: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, or one on this machine; only where none is named start one.
+
+    Raises:
+        SettingsError: the cluster that is named cannot be joined.
+    """
+    named = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address="auto", log_to_driver=False)
-    except ConnectionError:
+    except ConnectionError as error:
+        if named:
+            raise SettingsError(
+                f"RAY_ADDRESS names the Ray cluster {named}, which cannot be joined ({_described(error)}): start it, "
+                "or give this process the RAY_AUTH_MODE and the token that it was started with"
+            ) from error
         ray.init(num_cpus=num_workers, include_dashboard=False, log_to_driver=False)

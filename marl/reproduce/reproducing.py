@@ -13,7 +13,10 @@ from marl.reproduce.results import Job, Results
 from marl.reproduce.showing import page, save_picture
 from marl.reproduce.sweep import Progress, silent, sweep
 
-__all__ = ["Reproduced", "Reproducing", "reproduce", "tune"]
+__all__ = ["RUNS", "Reproduced", "Reproducing", "reproduce", "tune"]
+
+RUNS = "runs"
+"""Where the runs of all figures are, in the folder that somebody asked for."""
 
 OnProgress = Callable[[Progress], None]
 
@@ -44,7 +47,7 @@ class Reproducing:
     @property
     def files(self) -> Results:
         """The runs."""
-        return Results(self.folder / "runs")
+        return Results(self.folder / RUNS)
 
 
 def reproduce(figure: Figure, asked: Asked, how: Reproducing) -> Reproduced:

@@ -135,8 +135,8 @@ def measures_of(kind: Kind) -> tuple[Measure, ...]:
     )
     if kind == "literal":
         back = Measure("back on the first", lambda outcome: float(outcome["looks"][-1]["solved"]))
-        return Measure("tasks solved", _solved), *units, back
-    error = Measure("error / fresh", _late_error, is_less_better=True, relative_to=FRESH)
+        return Measure("tasks solved", _solved, curve="solved"), *units, back
+    error = Measure("error / fresh", _late_error, is_less_better=True, relative_to=FRESH, curve="error")
     return error, *units, Measure("contexts solved", _solved)
 
 

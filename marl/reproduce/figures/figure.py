@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,10 +12,13 @@ from marl.errors import SettingsError
 from marl.reproduce.results import Job, Result, Results, Work, jobs_of
 from marl.reproduce.statistics import Scores
 
-__all__ = ["Asked", "Figure", "Measure", "Panel", "Runs", "Scale", "scores_of"]
+__all__ = ["Asked", "Figure", "Kind", "Measure", "Panel", "Runs", "Scale", "scores_of"]
 
 Scale = Literal["smoke", "small", "paper"]
 """`smoke` shows that all runs, `small` is for two cores and an evening, `paper` for a cluster."""
+
+Kind = Literal["comparison", "shares"]
+"""Of panels: arms that are judged, or only measured."""
 
 NUM_SEEDS: dict[Scale, int] = {"smoke": 2, "small": 30, "paper": 100}
 FIRST_SEED = 1000
@@ -101,25 +104,25 @@ class Panel:
     """The arm without intervention."""
     optimizer: str = "optimizer reset"
     """The arm whose optimizer begins anew at each switch, and nothing else does."""
-    kind: Literal["comparison", "shares"] = "comparison"
+    kind: Kind = "comparison"
     """Whether arms are judged against these two, or only measured."""
-    num_seeds: int | None = None
-    """Seeds unless a number is asked for; none: as many as the scale has."""
+    num_seeds: Mapping[str, int] = field(default_factory=dict)
+    """Seeds of an arm unless a number is asked for; of those that are not named as many as the scale has."""
     unit_of_time: str = "updates"
     """Of `update` in the looks at a run."""
 
-    def seeds(self, asked: Asked) -> range:
-        """Those that are reported of it."""
-        return asked.seeds if self.num_seeds is None else asked.seeds_of(self.num_seeds)
+    def seeds(self, asked: Asked, arm: str) -> tuple[int, ...]:
+        """Those that are reported of an arm."""
+        return tuple(asked.seeds_of(self.num_seeds.get(arm, asked.num_seeds)))
 
     def results(self, files: Results, asked: Asked) -> dict[str, list[Result]]:
         """What there is of each arm."""
-        return {name: files.of(Job(work, tuple(self.seeds(asked)))) for name, work in self.arms.items()}
+        return {name: files.of(Job(work, self.seeds(asked, name))) for name, work in self.arms.items()}
 
-    def jobs(self, asked: Asked) -> list[Job]:
+    def jobs(self, asked: Asked) -> Iterator[Job]:
         """What it is made from."""
-        works = dict.fromkeys(self.arms.values())
-        return [job for work in works for job in jobs_of([work], self.seeds(asked), side_by_side=work.side_by_side)]
+        for name, work in self.arms.items():
+            yield from jobs_of([work], self.seeds(asked, name), side_by_side=work.side_by_side)
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def compared(name: str, asked: Asked, tasks: TaskSettings, files: Results, **lea
     if tasks.does_reset_optimizer:
         # The sequence does that itself: none and a reset are one.
         arms["optimizer reset"] = arms["none"]
-    sources = [(method, each, source or OF_PROTOTYPES) for method, (each, source) in best.items()]
-    found = [f"{method}, best setting: {each} ({source})." for method, each, source in sources]
+    known = [(method, each, source) for method, (each, source) in best.items() if f"{method}, best setting" in arms]
+    found = [f"{method}, best setting: {each} ({source or OF_PROTOTYPES})." for method, each, source in known]
     return Panel(name, arms, measures_of(tasks.kind), missing, [*same_controls(tasks), *found])
 
 

@@ -25,14 +25,14 @@ from marl.reproduce.figures.arms import (
     scaled,
     tasks_of,
 )
-from marl.reproduce.figures.figure import SIDE_BY_SIDE, Asked, Scale
+from marl.reproduce.figures.figure import Asked, Scale
 from marl.reproduce.matrix.interventions import Intervention, Layers, Occasion, Units
 from marl.reproduce.matrix.runs import MatrixRun
 from marl.reproduce.matrix.tasks import Kind, TaskSettings
 from marl.reproduce.results import Job, Results, jobs_of
 from marl.run_settings import Part, SurgerySettings
 
-__all__ = ["METHODS", "Method", "grid", "ranked", "tuned", "tuning_jobs"]
+__all__ = ["METHODS", "Method", "grid", "ranked", "sequences", "tried", "tuned", "tuning_jobs"]
 
 Method = Literal["KNIFE", "fade to fresh", "head scaled"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -96,6 +96,14 @@ def ranked(asked: Asked, tasks: TaskSettings, files: Results, method: Method) ->
     return _ordered(asked, tasks, files, (finalists, seeds)) if finalists else []
 
 
+def tried(asked: Asked, tasks: TaskSettings, files: Results, method: Method) -> dict[Intervention, str]:
+    """How each setting did, on the few seeds of the first round or, in bold, on all of the second."""
+    tasks, few, every = _tuned_on(asked, tasks), range(FIRST_SEEDS[asked.scale]), range(ALL_SEEDS[asked.scale])
+    first = _ordered(asked, tasks, files, (grid(asked, method), few))
+    last = _ordered(asked, tasks, files, (_finalists(asked, tasks, files, method), every))
+    return {each: f"{score:.2f}" for each, score in first} | {each: f"**{score:.2f}**" for each, score in last}
+
+
 def sequences(asked: Asked) -> list[TaskSettings]:
     """What is tuned for: the literal tasks, and contextual ones with and without a reset of the optimizer."""
     return [
@@ -116,8 +124,8 @@ def _jobs(asked: Asked, tasks: TaskSettings, files: Results) -> list[Job]:
     # the fresh networks that errors are relative to
     works = [_with(base, each) for of in METHODS for each in grid(asked, of)] + [_with(base, CONTROLS[FRESH])]
     last = [_with(base, each) for each in (*finalists, *([CONTROLS[FRESH]] if finalists else []))]
-    jobs = jobs_of(works, first, side_by_side=SIDE_BY_SIDE)
-    return jobs + jobs_of(last, every[len(first) :], side_by_side=SIDE_BY_SIDE)
+    jobs = jobs_of(works, first, side_by_side=base.side_by_side)
+    return jobs + jobs_of(last, every[len(first) :], side_by_side=base.side_by_side)
 
 
 def _finalists(asked: Asked, tasks: TaskSettings, files: Results, method: Method) -> list[Intervention]:

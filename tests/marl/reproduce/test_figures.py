@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,16 +16,15 @@ from marl.errors import SettingsError
 from marl.reproduce.engines import InProcess
 from marl.reproduce.figures import figure1, registry, tuning
 from marl.reproduce.figures.arms import CONTROLS, FRESH, measures_of, tasks_of
-from marl.reproduce.figures.figure import Asked, Figure, Measure, Panel, scores_of
+from marl.reproduce.figures.figure import Asked, Figure, Panel, scores_of
 from marl.reproduce.figures.registry import FIGURES, figures_of
 from marl.reproduce.figures.tuning import METHODS, Method, grid, ranked, tuned, tuning_jobs
-from marl.reproduce.matrix.interventions import Intervention, Layers
 from marl.reproduce.matrix.runs import MatrixRun
 from marl.reproduce.matrix.tasks import TaskSettings
 from marl.reproduce.reproducing import Reproducing, reproduce
 from marl.reproduce.results import Job, Provenance, Result, Results, Work, settings_of
 from marl.reproduce.sweep import sweep
-from marl.run_settings import SurgerySettings
+from tests.marl.reproduce.drawn import SCORE, UNITS, Drawn, figure_of, made_up, pretended, score_of
 
 SMOKE = Asked.of("smoke")
 HERE = Provenance("1.0", "abc")
@@ -36,36 +33,6 @@ HERE = Provenance("1.0", "abc")
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Scores that are drawn, better or worse by a shift."""
-
-    shift: float
-    fails: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"drawn {self.shift}"
-
-    def run(self, seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-        if self.fails:
-            raise RuntimeError("on purpose")
-        return [made_up(np.random.default_rng(seed).normal() + self.shift) for seed in seeds]
-
-
-def made_up(score: float, **others: float) -> dict[str, Any]:
-    looks = [{"task": task, "update": 10, "solved": score, "error": score, "agent/stagnant": 0.5} for task in range(4)]
-    return {"looks": [{**look, **others} for look in looks], "rows": {}, "seconds": 1.0, "units": 0}
-
-
-SCORE = Measure("score", lambda outcome: float(outcome["looks"][-1]["solved"]))
-UNITS = Measure("units", lambda outcome: float(outcome["looks"][-1]["agent/stagnant"]), is_less_better=True)
-
-
-def figure_of(**arms: Work) -> Figure:
-    return Figure("drawn", "Some are better.", lambda asked, files: [Panel("one", arms, [SCORE, UNITS], {})])
 
 
 CONTROLLED: dict[str, Work] = {"none": Drawn(0.0), "optimizer reset": Drawn(0.1)}
@@ -79,12 +46,14 @@ def test_every_comparison_has_its_controls_and_no_run_has_seeds_that_were_tuned_
     for asked in (Asked.of("small"), Asked.of("paper")):
         files = Results(tmp_path)
         for panel in FIGURES[name].panels(asked, files):
-            assert {panel.nothing, panel.optimizer} <= set(panel.arms)
-            assert any("KNIFE" in arm for arm in panel.arms)
+            if panel.kind == "comparison":
+                assert {panel.nothing, panel.optimizer} <= set(panel.arms)
+                assert any("KNIFE" in arm for arm in panel.arms)
             assert all(measure.relative_to in (None, *panel.arms) for measure in panel.measures)
             assert len(panel.measures) >= 2
         seeds = {seed for job in FIGURES[name].jobs(asked, files) for seed in job.seeds}
-        assert seeds == set(range(1000, 1000 + asked.num_seeds))
+        assert min(seeds) == 1000 and seeds <= set(asked.seeds)
+        assert name not in ("figure1", "figure7", "figure8") or seeds == set(asked.seeds)
         assert seeds.isdisjoint({seed for job in tuning_jobs(asked, files) for seed in job.seeds})
 
 
@@ -297,20 +266,6 @@ def test_tuning_on_fewer_tasks_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 
 def of_literal(jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if isinstance(job.work, MatrixRun) and job.work.tasks.kind == "literal"]
-
-
-PLAIN = SurgerySettings()
-
-
-def score_of(intervention: Intervention) -> float:
-    """Made up: one time is best, and of these one duration of the fade, or factor."""
-    act = intervention.act
-    is_best = act.factor == 0.03 if isinstance(act, Layers) else getattr(act, "settings", PLAIN).retire == 300
-    return float(intervention.when.after == 100) + 0.1 * is_best
-
-
-def pretended(self: MatrixRun, seeds: Sequence[int]) -> Sequence[Mapping[str, Any]]:
-    return [made_up(1 + score_of(self.intervention)) for _ in seeds]
 
 
 def test_a_sequence_that_is_none_is_refused() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from marl.errors import MissingExtraError
-from marl.reproduce.engines import Ray
+from marl.errors import MissingExtraError, SettingsError
+from marl.reproduce.engines import Ray, _join_or_start
 from marl.reproduce.results import Job, Results
 from marl.reproduce.sweep import sweep
 from tests.marl.reproduce.works import Failing, Pausing, noted
@@ -62,3 +62,23 @@ def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"neuronsurgery\[ray\]"):
         list(Ray(1).run([], lambda job: None))
+
+
+def test_a_cluster_that_is_named_and_cannot_be_joined_is_no_reason_to_start_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[dict[str, Any]] = []
+
+    class Lonely:
+        @staticmethod
+        def init(**options: Any) -> None:
+            begun.append(options)
+            if "address" in options:
+                raise ConnectionError("nobody answers")
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(SettingsError, match=r"10\.0\.0\.1:6379, which cannot be joined .*nobody answers"):
+        _join_or_start(Lonely, 3)
+    monkeypatch.delenv("RAY_ADDRESS")
+    _join_or_start(Lonely, 3)
+    assert [each.get("num_cpus") for each in begun] == [None, None, 3]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Noting:
     notes: str
     seconds: float = 0.0
     number: int = 0
+    side_by_side: ClassVar[int] = 16
 
     @property
     def label(self) -> str:
