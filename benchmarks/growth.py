@@ -5,8 +5,8 @@
     python -m benchmarks.growth distill    # its networks after 20 tasks, unbounded, distilled to fewer and fewer rows
     python -m benchmarks.growth picture    # docs/images/growth.png from what the last two wrote
 
-Each part prints its table; the last two keep their numbers in results/growth. One thread; three or four minutes of a
-processor each. Where one is shared, seconds are those of the processor, not of the clock on the wall.
+Each part keeps its numbers in results/growth and prints a table of what is there. One thread; three or four minutes
+of a processor each. Where one is shared, seconds are those of the processor, not of the clock on the wall.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--only", type=int, help="of the lives, or of the seeds: this one alone, beside others")
     RESULTS.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args()
     with small_network_arithmetic():
-        PARTS[parser.parse_args().part]()
+        PARTS[arguments.part](arguments.only)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
@@ -74,15 +76,18 @@ LIVES = (  # way, width, operations
 )
 
 
-def long() -> None:
+def long(only: int | None) -> None:
     """A thousand operations in two ways; fewer where rows are never removed, and on wider layers."""
+    for index, (way, width, num_operations) in enumerate(LIVES):
+        if only in (None, index):
+            write(f"life {index}", Life(way, width).row(num_operations))
     table = Table(
         *("way", "width", "operations", "drift at one, largest", "rows, most", "at the end", "live MB half way"),
         *("at the end", "step / as wide", "rested: rows", "step / untouched"),
     )
-    for way, width, num_operations in LIVES:
-        table.add_row(*map(str, Life(way, width).row(num_operations)))
-        Console(width=180).print(table)
+    for path in sorted(RESULTS.glob("life *.json")):
+        table.add_row(*map(str, json.loads(path.read_text(encoding="utf-8"))))
+    Console(width=180).print(table)
 
 
 class Life:
@@ -184,25 +189,29 @@ def live_bytes() -> int:
 
 # -- retirement on the demonstration's tasks -------------------------------------------------------------------------
 
-EXPERIMENT = Experiment(num_tasks=20)
+EXPERIMENT = Experiment(num_tasks=20, num_images=256)
 STEPS_PER_TASK = EXPERIMENT.num_epochs * -(-EXPERIMENT.num_images // EXPERIMENT.batch_size)
 RETIRE_AFTER: dict[str, float | None] = {"0.5": 0.5, "1": 1.0, "2": 2.0, "4": 4.0, "never": None, "no operation": 0.0}
 LAST = 5
 
 
-def retire() -> None:
+def retire(only: int | None) -> None:
     """The trade-off between how long rows stay, accuracy and how many there are."""
-    found: dict[str, list[list[float]]] = {}
-    for name, num_tasks in RETIRE_AFTER.items():
-        for seed in SEEDS:
+    for seed in SEEDS if only is None else (only,):
+        for name, num_tasks in RETIRE_AFTER.items():
             model, *numbers = retiring(num_tasks, seed)
-            found.setdefault(name, []).append(numbers)
             torch.save(model, RESULTS / f"{name} {seed}.pt")
-        write("retire", found)
+            write(f"retire {name} {seed}", numbers)
     table = Table("rows retire after tasks", "accuracy on the last 5 tasks", "frozen rows a unit, at the end")
-    for name, runs in found.items():
+    for name, runs in retired().items():
         table.add_row(name, *(spread([run[column] for run in runs]) for column in (0, 1)))
     Console().print(table)
+
+
+def retired() -> dict[str, list[list[float]]]:
+    """Accuracies and rows that were kept, by when rows retire."""
+    kept = {name: sorted(RESULTS.glob(f"retire {name} *.json")) for name in RETIRE_AFTER}
+    return {name: [json.loads(path.read_text(encoding="utf-8")) for path in paths] for name, paths in kept.items()}
 
 
 def retiring(num_tasks: float | None, seed: int) -> tuple[nn.Module, float, float]:
@@ -247,10 +256,10 @@ def accuracy(model: nn.Module, task: Task) -> float:
 MOST_ROWS = (256, 192, 128, 64, 32, 0)
 
 
-def distill() -> None:
+def distill(only: int | None) -> None:
     """The error of fewer rows, on images that were not seen, and what that costs in accuracy; `retire` runs first."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for seed in SEEDS:
+    for seed in SEEDS if only is None else (only,):
         model = torch.load(RESULTS / f"never {seed}.pt", weights_only=False)
         *_, task = tasks(EXPERIMENT, seed)
         fresh = unseen(task)
@@ -325,12 +334,11 @@ def spread(values: list[float]) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def picture() -> None:
+def picture(only: int | None) -> None:
     """Both curves side by side."""
-    kept = json.loads((RESULTS / "retire.json").read_text(encoding="utf-8"))
     fewer = json.loads((RESULTS / "distill.json").read_text(encoding="utf-8"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-    for name, runs in kept.items():
+    for name, runs in retired().items():
         accuracies, rows = zip(*runs, strict=True)
         left.plot(statistics.mean(rows), statistics.mean(accuracies), "o", color="C0")
         left.vlines(statistics.mean(rows), min(accuracies), max(accuracies), color="C0")
@@ -355,7 +363,12 @@ def mean(runs: list[dict[str, Any]], column: str) -> float:
     return statistics.mean(run[column] for run in runs)
 
 
-PARTS: dict[str, Callable[[], None]] = {"long": long, "retire": retire, "distill": distill, "picture": picture}
+PARTS: dict[str, Callable[[int | None], None]] = {
+    "long": long,
+    "retire": retire,
+    "distill": distill,
+    "picture": picture,
+}
 
 if __name__ == "__main__":
     main()

@@ -242,6 +242,30 @@ class BackendContract:
         with pytest.raises(UndoError):
             lab.backend.undo(model, reports[0])
 
+    def test_undo_without_a_report_takes_back_the_last_operation_or_the_one_of_a_number(self, lab: Lab) -> None:
+        model = lab.model(0)
+        before = lab.weights(model)
+        for units in ([1, 5], [2], [5]):
+            lab.backend.operate(model, planned(lab, model, units))
+        assert lab.backend.undo(model).operated == {lab.site: (5,)}
+        assert lab.backend.undo(model, 1).operated == {lab.site: (1, 5)}
+        assert lab.backend.undo(model).operation == 2
+        assert_same_weights(before, lab.weights(model))
+        with pytest.raises(UndoError, match="no composite unit"):
+            lab.backend.undo(model)
+
+    def test_flatten_keeps_the_output_in_a_plain_wider_network(self, lab: Lab) -> None:
+        model, x = lab.model(0), batch_of(lab)
+        for units in ([1, 5], [5], [2]):
+            lab.backend.operate(model, planned(lab, model, units))
+        y = lab.output(model, x)
+        report = lab.backend.flatten(model, verify=x)
+        found = report.sites[lab.site]
+        assert (found.units_before, found.dropped, found.units_after) == (8, 2, 14)  # unit 5 never moved in between
+        np.testing.assert_allclose(lab.output(model, x), y, rtol=1e-12, atol=1e-12)
+        assert lab.backend.composites(model).num_rows == 0
+        assert lab.backend.discover(model)[lab.site].num_units == report.sites[lab.site].units_after
+
     def test_check_finds_nothing_after_an_operation_and_names_what_another_optimizer_does_not_own(
         self, lab: Lab
     ) -> None:

@@ -263,7 +263,7 @@ class Composite(nn.Module):
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds a part of the frozen rows."""
-        return is_spread(self._buffers["frozen_weight"])
+        return is_spread(self.frozen_weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Composite:
         """Cast or move the frozen rows; the tables, which are never cast, are made anew where the rows are now."""

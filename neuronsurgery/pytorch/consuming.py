@@ -9,6 +9,7 @@ units), or where the graph ends, the outgoing weights are not the unit's alone o
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.hooks import forbids_inlining, may_change_input
 from neuronsurgery.pytorch.layouts import Layout, Passed
 from neuronsurgery.pytorch.links import UnitFunction
+from neuronsurgery.pytorch.lookahead import is_of_parameters
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.passing import past, width_of
 from neuronsurgery.pytorch.places import Place, banks_at
@@ -132,12 +134,14 @@ class Following:
         if isinstance(layout, str):
             return layout
         self.pending.append((reading.scope, use.end, layout))
-        seen: set[fx.Node] = set()
+        seen: dict[fx.Node, set[Layout]] = defaultdict(set)
         while self.pending:
             scope, node, layout = self.pending.pop()
-            if node in seen:
+            if layout in seen[node]:
                 continue
-            seen.add(node)
+            seen[node].add(layout)
+            if len(seen[node]) > MANY:
+                return f"it reaches '{node.name}' in more than {MANY} ways, as where a module reads its own output"
             if not (readers := [user for user in node.users if not is_metadata(user)]):
                 return "nothing reads it"
             for user in readers:
@@ -161,7 +165,7 @@ class Following:
             return f"it is multiplied with the weights of '{call.producer}' otherwise than as its input"
         if user.op == "call_module":
             return self.called(scope, node, user, layout)
-        return self.passed(scope, user, past(user, node, scope, layout, self.width))
+        return self.passed(scope, user, past(user, node, scope, layout, self))
 
     def passed(self, scope: nn.Module, user: fx.Node, layout: Layout | str) -> str:
         if isinstance(layout, str):
@@ -173,15 +177,35 @@ class Following:
         """How many entries another value has along an axis."""
         return width_of(node, scope, axis)
 
+    def is_partner(self, node: fx.Node, scope: nn.Module, layout: Layout) -> bool:
+        """Whether a layer makes a value, entry by entry, for the one node that reads it: half of a gated unit."""
+        if sum(not is_metadata(user) for user in node.users) != 1:
+            return False
+        if multiplication_at(node, scope) is not None:
+            return True
+        reading = self.survey.readings.get(id(submodule(scope, str(node.target)))) if node.op == "call_module" else None
+        if reading is not None:
+            results = [traced.graph.output_node().args[0] for method, traced in reading.traces if method == "forward"]
+            inner = [each for each in results if isinstance(each, fx.Node)]
+            return len(inner) == len(results) > 0 and all(self.is_partner(o, reading.scope, layout) for o in inner)
+        inputs = [each for each in node.all_input_nodes if not is_of_parameters(each)]
+        if len(inputs) != 1:
+            return False
+        after = past(node, inputs[0], scope, layout, self)
+        is_entrywise = not isinstance(after, str) and replace(after, passed=layout.passed) == layout
+        return is_entrywise and self.is_partner(inputs[0], scope, layout)
+
     def called(self, scope: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
         path = str(user.target)
         module = submodule(scope, path)
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        if original_class(module).forward in _RECURRENT_FORWARDS:
             return self.recurrent(path, module, node, user, layout)
+        if original_class(module).forward is nn.MultiheadAttention.forward:
+            return self.attended(path, module, node, user, layout)
         reading = self.survey.readings.get(id(module))
         if reading is not None and not forbids_inlining(module):
             return self.entered(reading, node, user, layout)
-        return self.passed(scope, user, past(user, node, scope, layout, self.width))
+        return self.passed(scope, user, past(user, node, scope, layout, self))
 
     def entered(self, reading: Reading, node: fx.Node, user: fx.Node, layout: Layout) -> str:
         """A module with a forward of its own reads it."""
@@ -250,6 +274,25 @@ class Following:
         ]
         for name, weight, bias in weights:
             if reason := self.noted(f"{path}.{name}", weight, UnitAxes((1,)), bias, layout):
+                return reason
+        return self.counted(user)
+
+    def attended(self, path: str, module: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
+        """The projections of an attention layer read it, as query, key or value."""
+        given = dict(zip(("query", "key", "value"), user.args, strict=False)) | dict(user.kwargs)
+        names = [name for name in ("query", "key", "value") if given.pop(name) is node]
+        if node in given.values() or len(user.args) > 3 or not names or layout.axis != -1:
+            return f"it enters '{path}' otherwise than as query, key or value"
+        if may_change_input(module):
+            return f"a hook on its consumer '{path}' may change what that reads"
+        packed, bias = module._parameters["in_proj_weight"], module._parameters["in_proj_bias"]
+        if packed is not None and len(names) < 3:
+            return f"its consumer '{path}' reads it beside others by columns of one weight: as {', '.join(names)} alone"
+        weights: list[tuple[str, Any, Any]] = [("in_proj_weight", packed, bias)]
+        if packed is None:
+            weights = [(f"{n[0]}_proj_weight", module._parameters[f"{n[0]}_proj_weight"], None) for n in names]
+        for name, weight, own in weights:
+            if reason := self.noted(f"{path}.{name}", weight, UnitAxes((1,)), own, layout):
                 return reason
         return self.counted(user)
 
@@ -329,6 +372,12 @@ class Following:
         found = (label for _, label, _, target in survey.reaching(apart) if id(target) in apart)
         return next((f"used by {label}" for label in found), "")
 
+
+MANY = 8
+"""In so many ways a value may be reached, as when it is joined with functions of itself."""
+
+_RECURRENT_FORWARDS = {each.forward for each in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
+"""What computes gates from inputs by these weights and by nothing else; a subclass may do more."""
 
 _RECURRENT = ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih")
 

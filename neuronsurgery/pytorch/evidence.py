@@ -418,7 +418,8 @@ class SiteSink:
 
 def by_unit(place: Place, h: Tensor, axes: tuple[int, ...]) -> Tensor:
     """The activations of each unit, (num_units, num_samples), of those that have their units on these axes."""
-    return h.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1).flatten(1)
+    rows = h.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
+    return rows.reshape(len(rows), -1)
 
 
 # -- on batches of its own -------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def as_shards(model: nn.Module) -> None:
     Raises:
         DistributedError: a forward or backward pass is under way.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():  # what is no model is named by others
         if is_fsdp(module):
             state = _state(module)
             if state._training_state.name != "IDLE":
@@ -82,7 +82,7 @@ def require_whole(model: nn.Module, verb: str) -> None:
 
 def is_gathered(model: nn.Module) -> bool:
     """Whether FSDP gathers any part of a model for its passes."""
-    return any(is_fsdp(module) for module in model.modules())
+    return isinstance(model, nn.Module) and any(is_fsdp(module) for module in model.modules())
 
 
 def output_dtype(module: nn.Module) -> torch.dtype | None:

@@ -27,7 +27,7 @@ class Passed(IntEnum):
     UNITWISE = 2
     """Any function of one unit, the same for all."""
     OWN = 3
-    """What has numbers of its own for each unit: the weight and the statistics of a batch norm."""
+    """What has numbers of its own for each unit: weight and statistics of a batch norm, the other half of a gate."""
 
 
 @dataclass(frozen=True)

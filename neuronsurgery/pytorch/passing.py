@@ -6,9 +6,10 @@ a reason. An operation that is in no table may mix units, and is a reason as wel
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -18,23 +19,39 @@ from neuronsurgery.pytorch.layouts import Layout, Passed
 from neuronsurgery.pytorch.lookahead import is_of_parameters
 from neuronsurgery.pytorch.mirroring import original_class, submodule
 from neuronsurgery.pytorch.producers import multiplication_at
-from neuronsurgery.pytorch.recognition import DROPOUTS, FREE, NEUTRAL, RANGE_BEARING, canonical_name, function_of_module
+from neuronsurgery.pytorch.recognition import (
+    DROPOUTS,
+    FREE,
+    NEUTRAL,
+    RANGE_BEARING,
+    SCALING,
+    canonical_name,
+    function_of_module,
+    is_metadata,
+)
 
 __all__ = ["past", "width_of"]
 
-Width = Callable[[fx.Node, nn.Module, int], int | None]
-"""How many entries a value of a scope has along an axis counted from the end; None where that is not known."""
+
+class Others(Protocol):
+    """What can be asked of other values in the scope of a call."""
+
+    def width(self, node: fx.Node, scope: nn.Module, axis: int) -> int | None:
+        """How many entries a value has along an axis counted from the end; None where that is not known."""
+
+    def is_partner(self, node: fx.Node, scope: nn.Module, layout: Layout) -> bool:
+        """Whether a layer makes a value, entry by entry, for the one node that reads it."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function or module that reads a value: its name, its other arguments, and how to ask for sizes of others."""
+    """A function or module that reads a value: its name, its other arguments, and whom to ask about these."""
 
     node: fx.Node
     value: fx.Node
     scope: nn.Module
     name: str
-    width: Width
+    others: Others
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -45,11 +62,11 @@ class Call:
         return self.node.args[place] if len(self.node.args) > place else self.node.kwargs.get(name, default)
 
 
-def past(node: fx.Node, value: fx.Node, scope: nn.Module, layout: Layout, width: Width) -> Layout | str:
+def past(node: fx.Node, value: fx.Node, scope: nn.Module, layout: Layout, others: Others) -> Layout | str:
     """The layout of what a node makes of a value, or why its units cannot be told there."""
     if node.op == "call_module":
         return _past_module(node, value, scope, layout)
-    call = Call(node, value, scope, _DISPATCHED.get(node.target, canonical_name(node)), width)
+    call = Call(node, value, scope, _DISPATCHED.get(node.target, canonical_name(node)), others)
     for names, function in _FUNCTIONS:
         if call.name in names:
             return function(call, layout)
@@ -107,12 +124,39 @@ def _elementwise(call: Call, layout: Layout) -> Layout | str:
     computed = [each for each in others if not is_of_parameters(each)]
     if computed and call.name in ("add", "sub"):
         return "it is added to another tensor, a residual say: what reads the sum reads that too"
+    if computed and call.name in SCALING and not _is_divisor(call):
+        return _scaled(call, computed[0], layout)
     if computed:
         return f"'{call.name}' combines it with a computed tensor: what reads the result reads that too"
     passed = Passed.OWN if others else _PASSED.get(call.name, Passed.UNITWISE)
-    if call.name in ("mul", "multiply", "div", "divide", "truediv") and not others and _is_positive_number(call):
+    if call.name in SCALING and not others and _is_positive_number(call):
         passed = Passed.HOMOGENEOUS
     return layout.past(passed)
+
+
+def _is_divisor(call: Call) -> bool:
+    return call.name in SCALING - {"mul", "multiply"} and call.node.args[:1] != (call.value,)
+
+
+def _scaled(call: Call, other: fx.Node, layout: Layout) -> Layout | str:
+    """Past a product, which is nothing where the unit is nothing: what reads it reads the unit, with a factor.
+
+    The factor is one for all units (a mask, attention over time), or what another layer makes for this product alone:
+    the other half of a gated unit. A factor that is read elsewhere too has units, or features, of its own there.
+    """
+    if _is_in_place(call.node) and sum(not is_metadata(user) for user in call.value.users) > 1:
+        return f"'{call.name}' changes it in place, for others that read it too"
+    if call.others.width(other, call.scope, layout.axis) == 1:
+        return layout.past(Passed.HOMOGENEOUS)
+    if call.others.is_partner(other, call.scope, layout):
+        return layout.past(Passed.OWN)
+    return f"'{call.name}' combines it with a computed tensor: what reads the result reads that too"
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    return node.target in (operator.imul, operator.itruediv)
 
 
 def _is_positive_number(call: Call) -> bool:
@@ -177,7 +221,7 @@ def _joined(call: Call, layout: Layout) -> Layout | str:
     where = layout.axis if where is None else where  # a sum of entries that does not fit will tell
     if where != layout.axis:
         return "it is concatenated with others along another axis: what reads it reads them by the same weights"
-    widths = [call.width(piece, call.scope, where) if isinstance(piece, fx.Node) else None for piece in pieces]
+    widths = [call.others.width(piece, call.scope, where) if isinstance(piece, fx.Node) else None for piece in pieces]
     return layout.joined(widths[: at[0]], widths[at[0] + 1 :])
 
 
@@ -237,6 +281,14 @@ def _taken(call: Call, layout: Layout) -> Layout | str:
     return replace(layout, num_axes=None if layout.num_axes is None else layout.num_axes - dropped)
 
 
+def _averaged(call: Call, layout: Layout) -> Layout | str:
+    """`bmm(weights, h)`: sums over what is ahead of the units, with computed weights that are the same for all."""
+    has_axes = call.name == "bmm" or (layout.num_axes is not None and layout.num_axes > 1)
+    if call.node.args[0] is call.value or call.node.args[1:] != (call.value,) or layout.axis != -1 or not has_axes:
+        return f"'{call.name}' reads it otherwise than to average it, which may mix units"
+    return layout.past(Passed.HOMOGENEOUS)
+
+
 _FUNCTIONS: tuple[tuple[frozenset[str], Callable[[Call, Layout], Layout | str]], ...] = (
     (DROPOUTS | {"alpha_dropout", "feature_alpha_dropout"}, _unchanged),
     (
@@ -255,6 +307,7 @@ _FUNCTIONS: tuple[tuple[frozenset[str], Callable[[Call, Layout], Layout | str]],
     (frozenset({"transpose", "swapaxes", "swapdims"}), _transposed),
     (frozenset({"squeeze", "unsqueeze"}), _squeezed),
     (frozenset({"getitem"}), _taken),
+    (frozenset({"bmm", "matmul"}), _averaged),
     ((FREE | RANGE_BEARING | NEUTRAL | {"detach"}) - {"prelu", "masked_fill", "where"}, _elementwise),
 )
 
@@ -286,9 +339,20 @@ def width_of(node: fx.Node, scope: nn.Module, axis: int, depth: int = 64) -> int
     name = canonical_name(node)
     if name in ("cat", "concat", "concatenate"):
         return _joint_width(node, scope, axis, depth)
-    is_same = any(name in names for names, function in _FUNCTIONS if function in (_unchanged, _elementwise, _pooled))
+    if _is_of_one_entry(node, name, axis):
+        return 1
+    is_same = name in ("softmax", "log_softmax")
+    is_same |= any(name in names for names, function in _FUNCTIONS if function in (_unchanged, _elementwise, _pooled))
     first = node.args[0]
     return width_of(first, scope, axis, depth - 1) if is_same and isinstance(first, fx.Node) else None
+
+
+def _is_of_one_entry(node: fx.Node, name: str, axis: int) -> bool:
+    """Whether an axis has just been made, or all that was along it reduced to one number."""
+    along = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    axes = along if isinstance(along, (tuple, list)) else (along,)
+    return axis in axes and (name == "unsqueeze" or (name in _REDUCED and keeps is True))
 
 
 def _joint_width(node: fx.Node, scope: nn.Module, axis: int, depth: int) -> int | None:

@@ -94,7 +94,7 @@ def mesh_of(model: nn.Module) -> Any:
         DistributedError: they are sharded over several meshes.
     """
     meshes: list[Any] = []
-    for parameter in model.parameters():
+    for parameter in model.parameters() if isinstance(model, nn.Module) else ():  # no model is named by others
         if is_sharded(parameter) and (mesh := parameter.device_mesh) not in meshes:  # type: ignore[attr-defined]
             meshes.append(mesh)
     if len(meshes) > 1:

@@ -218,7 +218,7 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.situation("Training runs", "`marl`: a sequence of tasks killed in the second and resumed", "works")
+@pytest.mark.situation("Checkpoints and copies", "`marl`: tasks in a row, killed in the second and resumed", "works")
 def test_sequences_killed_in_their_second_task_and_resumed_have_the_curves_of_whole_ones(tmp_path: Path) -> None:
     cases = {
         "games with knife": small(MATRIX, KNIFE),

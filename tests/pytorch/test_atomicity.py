@@ -126,7 +126,7 @@ def test_a_fault_before_or_after_any_change_leaves_everything_as_it_was(model, o
 
 
 PREPARATIONS = (
-    "discover check_plan num_weights next_operation seed_for draw _extended_bank check_composite slot_changes "
+    "discover check_plan num_weights next_operation seed_for drawn_alike _extended_bank check_composite slot_changes "
     "hang class_changes rewritten_class SameOutput _notes Report"
 ).split()
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery import surgery
 
-TABLES = ("order", "source", "units", "reference", "references")
+TABLES = ("order", "source", "units", "reference", "references", "own")
 
 
 def operated(seed: int = 0, units: tuple[int, ...] = (0, 2)) -> nn.Sequential:

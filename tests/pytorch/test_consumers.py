@@ -6,7 +6,10 @@ on the unit, and with any other unit's columns zero it does.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -153,6 +156,76 @@ class Sequence(Forward):
         return self.head(mixed) + self.last(h[:, -1])
 
 
+class Gated(Forward):
+    """A gated unit (SwiGLU): what a second layer makes is for the product alone, directly or in a module of its own."""
+
+    def __init__(self, up: nn.Module | None = None) -> None:
+        super().__init__(gate=nn.Linear(4, 8), up=up or nn.Linear(4, 8), head=nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.head(F.silu(self.gate(x)) * self.up(x))
+
+
+class Excited(Forward):
+    """Squeeze and excitation: what reads the channels' means makes a factor for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__(body=nn.Conv2d(1, 4, 3), one=nn.Conv2d(4, 3, 1), two=nn.Conv2d(3, 4, 1))
+        self.head = nn.Conv2d(4, 2, 2)
+
+    def forward(self, x):
+        h = F.relu(self.body(x))
+        factors = self.two(F.relu(self.one(F.adaptive_avg_pool2d(h, 1)))).sigmoid()
+        return self.head(h * factors).mean((2, 3))
+
+
+class Pooled(Forward):
+    """A weight for each step of time, the same for all units: in a product with a sum, and in a batch of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__(body=nn.Linear(4, 6), mix=nn.Linear(6, 1), head=nn.Linear(6, 2), last=nn.Linear(6, 2))
+
+    def forward(self, x):
+        h = F.relu(self.body(x))
+        weights = torch.softmax(self.mix(h), dim=1)
+        known = x.abs().sum(-1).gt(0.5).float().unsqueeze(-1)
+        return self.head((weights * h * known).sum(1)) + self.last(torch.bmm(weights.transpose(1, 2), h)).sum(1)
+
+
+class Attended(Forward):
+    """Self-attention, by one weight for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 6), attention=nn.MultiheadAttention(6, 2, batch_first=True))
+
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.attention(h, h, value=h, need_weights=False)[0]
+
+
+class Crossed(Forward):
+    """Attention over what another layer makes, by a weight for each of query, key and value."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 6), two=nn.Linear(4, 3))
+        self.attention = nn.MultiheadAttention(6, 2, kdim=3, vdim=3, batch_first=True)
+
+    def forward(self, x):
+        memory = F.relu(self.two(x))
+        return self.attention(F.relu(self.one(x)), memory, memory)[0]
+
+
+class Multiplied(Forward):
+    """Units times a function of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 6), head=nn.Linear(6, 2))
+
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.head(h * (h * 0.5).tanh())
+
+
 WIDE, IMAGE = (5, 4), (5, 1, 8, 8)
 FOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, dict[str, int]]]] = {
     "mlp": (mlp, WIDE, {"0": {"3": 1}, "3": {"5": 1}}),
@@ -170,6 +243,21 @@ FOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, dict[
     ),
     "two streams": (TwoStreams, (5, 1, 6), {"left": {"head": 4}, "right": {"head": 4}}),
     "sequence": (Sequence, (5, 7, 4), {"embed": {"mix": 1, "last": 1}, "mix": {"head": 1}}),
+    "gated": (Gated, WIDE, {"gate": {"head": 1}}),
+    "excited": (Excited, IMAGE, {"body": {"one": 1, "head": 1}, "one": {"two": 1}}),
+    "gated by a module": (
+        *(lambda: Gated(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 8))), WIDE),
+        {"gate": {"head": 1}, "up.0": {"up.2": 1}},
+    ),
+    "pooled by attention": (Pooled, (5, 7, 4), {"body": {"mix": 1, "head": 1, "last": 1}}),
+    "attended": (Attended, (5, 7, 4), {"one": {"attention.in_proj_weight": 1}}),
+    "attended across": (
+        *(Crossed, (5, 7, 4)),
+        {
+            "one": {"attention.q_proj_weight": 1},
+            "two": {"attention.k_proj_weight": 1, "attention.v_proj_weight": 1},
+        },
+    ),
 }
 
 
@@ -241,12 +329,75 @@ class Normed(Forward):
         return self.head(self.norm(F.relu(self.one(x))))
 
 
-class Gated(Forward):
+class GatedInput(Forward):
+    """A gate on features that are read elsewhere too: its consumer is theirs."""
+
     def __init__(self) -> None:
         super().__init__(one=nn.Linear(4, 4), gate=nn.Linear(4, 4), head=nn.Linear(4, 2))
 
     def forward(self, x):
-        return self.head(F.silu(self.one(x)) * self.gate(x))
+        return self.head(F.silu(self.one(x)) * x)
+
+
+class GatedBeside(Forward):
+    """Features from outside, each with a column of its own in the consumer."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(4, 2))
+
+    def forward(self, x, features):
+        return self.head(F.silu(self.one(x)) * features)
+
+
+class GatedNorm(GatedInput):
+    def forward(self, x):
+        return self.head(F.silu(self.one(x)) * F.layer_norm(self.gate(x), (4,)))
+
+
+class GatedTwice(GatedInput):
+    """The other half is read once more."""
+
+    def forward(self, x):
+        up = self.gate(x)
+        return self.head(F.silu(self.one(x)) * up) + up.sum(-1, keepdim=True)
+
+
+class Divisor(GatedInput):
+    def forward(self, x):
+        return self.head(self.gate(x) / (1 + F.silu(self.one(x))))
+
+
+class InPlace(GatedInput):
+    def forward(self, x):
+        h = F.silu(self.one(x))
+        before = self.head(h)
+        return before + h.mul_(self.gate(x)).sum(-1, keepdim=True)
+
+
+class Twice(Forward):
+    """Units and functions of them side by side: two columns of each, of which one alone must not be written."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Linear(4, 4), head=nn.Linear(8, 2))
+
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.head(torch.cat([h, h.tanh()], -1))
+
+
+class Growing(Forward):
+    """A module that reads its own output, with ever more axes."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Conv2d(1, 2, 3), body=Axis(), head=nn.Conv2d(2, 2, 1))
+
+    def forward(self, x):
+        return self.head(self.body(self.body(F.relu(self.one(x)))))
+
+
+class Axis(nn.Module):
+    def forward(self, h):
+        return h.unsqueeze(0)
 
 
 class Returned(Forward):
@@ -370,20 +521,61 @@ class Remembering(Forward):
         return self.memory(x) if x.sum() > 0 else x
 
 
-def attended() -> nn.Module:
-    class Attended(Forward):
-        def forward(self, x):
-            h = F.relu(self.one(x))
-            return self.attention(h, h, h)[0]
+class Skipping(nn.GRUCell):
+    """A cell that hands its input on beside its gates."""
 
-    return Attended(one=nn.Linear(4, 4), attention=nn.MultiheadAttention(4, 2))
+    def forward(self, input, hx=None):
+        return super().forward(input, hx) + input
+
+
+def skipped() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Skipping(4, 4))
+
+
+class Correlated(Attended):
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.attention.out_proj(torch.bmm(h, h.detach().flip(1)))
+
+
+class Squared(Attended):
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.attention.out_proj(torch.bmm(h, h))
+
+
+class Masked(Attended):
+    def forward(self, x):
+        h = F.relu(self.one(x))
+        return self.attention(h, h, h, key_padding_mask=h)[0]
+
+
+class Asked(Attended):
+    """One weight reads the units as queries and something else as keys and values."""
+
+    def forward(self, x):
+        memory = torch.cat([x, x], -1)[..., :6]
+        return self.attention(F.relu(self.one(x)), memory, memory)[0]
+
+
+def listened() -> nn.Module:
+    model = Attended()
+    model.attention.register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
+    return model
 
 
 DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a residual behind": (Residual, "one", "added to another tensor"),
     "a residual before": (ResidualBefore, "one", "a residual say, enters before its activation function"),
     "a norm over units": (Normed, "one", r"'norm' \(LayerNorm\) reads it, which may mix units"),
-    "a gate": (Gated, "one", "'mul' combines it with a computed tensor"),
+    "a gate on an input": (GatedInput, "one", "'mul' combines it with a computed tensor"),
+    "a gate on another input": (GatedBeside, "one", "'mul' combines it with a computed tensor"),
+    "a gate on normed values": (GatedNorm, "one", "'mul' combines it with a computed tensor"),
+    "a gate whose other half is read twice": (GatedTwice, "one", "'mul' combines it with a computed tensor"),
+    "a product in place": (InPlace, "one", "'mul' changes it in place, for others that read it too"),
+    "a function of the units as a factor": (Multiplied, "one", "'mul' combines it with a computed tensor"),
+    "two places of one consumer": (Twice, "one", "its consumer 'head' reads it in two places"),
+    "a module that reads its own output": (Growing, "one", "it reaches '.*' in more than 8 ways"),
     "returned": (Returned, "one", "it is returned by Returned"),
     "a consumer of two": (SharedHead, "one", "'head' is called in SharedHead with another input too"),
     "a consumer read otherwise": (Tied, "one", "'head' has another role: its weight is also read by 'sum'"),
@@ -397,7 +589,12 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a hook behind": (hooked(2, "hook"), "0", r"a hook on '2' \(Dropout\) may change what its units pass on"),
     "a hook on the consumer": (hooked(3, "pre_hook"), "0", "a hook on its consumer '3' may change what that reads"),
     "a recurrent layer called elsewhere": (Remembering, "one", "'memory.weight_ih' is used by Remembering.of_input"),
-    "attention": (attended, "one", "'attention'"),
+    "attention beside others": (Asked, "one", "'attention' reads it beside others by columns of one weight: as query"),
+    "a sum over units": (Correlated, "one", "'bmm' reads it otherwise than to average it"),
+    "a product with itself": (Squared, "one", "'bmm' reads it otherwise than to average it"),
+    "a recurrent layer with a forward of its own": (skipped, "0", "it is added to another tensor"),
+    "a mask of attention": (Masked, "one", "it enters 'attention' otherwise than as query, key or value"),
+    "a hook on attention": (listened, "one", "a hook on its consumer 'attention' may change what that reads"),
 }
 
 
@@ -408,6 +605,13 @@ def test_a_site_whose_outgoing_weights_are_not_its_own_is_declined_with_the_reas
         surgery.consumers(make()).require([site])
 
 
+@pytest.mark.parametrize(("make", "site"), [(Excited, "two"), (Divisor, "one")])
+def test_a_factor_or_divisor_of_what_others_read_is_declined_where_it_is_forced_to_be_a_site(
+    make: Callable[[], nn.Module], site: str
+) -> None:
+    assert "combines it with a computed tensor" in surgery.consumers(make(), include=[site]).declined[site]
+
+
 def test_frozen_rows_on_either_side_are_declined() -> None:
     model = mlp()
     surgery.knife(model, surgery.Units({"3": [1]}))
@@ -415,6 +619,85 @@ def test_frozen_rows_on_either_side_are_declined() -> None:
     assert declined["0"].startswith("its consumer '3' has frozen rows") and declined["3"].startswith(
         "it has frozen rows"
     )
+
+
+# -- what methods make of them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Gated, Excited, Attended, Crossed])
+def test_the_output_does_not_depend_on_what_units_are_drawn_behind_which_stand_gates_or_attention(
+    make: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(IMAGE if make is Excited else (5, 7, 4))
+    copied = copy.deepcopy(model)
+    for each, values in ((model, 1.0), (copied, -2.0)):
+        report = surgery.redo(
+            each, surgery.Lowest(0.3, of="dormant"), evidence=measured(each, x), init=partial(filled, values)
+        )
+        assert report.num_units > 0
+    assert torch.equal(model(x), copied(x))
+
+
+def filled(value: float, weight: Tensor) -> None:
+    weight.data.fill_(value)
+
+
+def measured(model: nn.Module, x: Tensor) -> Any:
+    return surgery.probe(model, [x], lambda model, x: model(x).square().mean())
+
+
+def test_units_that_are_averaged_over_time_are_shared_and_split_without_a_change_of_the_output() -> None:
+    torch.manual_seed(0)
+    model: Any = Pooled().double()
+    x = torch.randn(5, 7, 4).double()
+    with torch.no_grad():
+        model.body.bias[:2] = torch.tensor([-100.0, 100.0])  # one unit never fires, one always does
+    before = model(x)
+    report = surgery.reborn(model, surgery.Dormant(1e-6), over_active=2.0, evidence=measured(model, x))
+    assert report.operated == {"body": (0,)} and not any("donor" in note for note in report.notes)
+    assert torch.allclose(model(x), before, atol=1e-12)
+    assert surgery.widen(model, surgery.Units({"body": [1, 3]})).operated == {"body": (1, 3)}
+    assert torch.allclose(model(x), before, atol=1e-12) and model.body.out_features == 8
+
+
+@pytest.mark.parametrize(
+    ("make", "site", "reason"),
+    [
+        (Gated, "gate", "numbers of its own for each unit"),
+        (Attended, "one", r"'attention.in_proj_weight' \(MultiheadAttention\) has other tensors"),
+    ],
+)
+def test_a_gated_unit_or_a_consumer_with_heads_is_not_split(
+    make: Callable[[], nn.Module], site: str, reason: str
+) -> None:
+    report = surgery.widen(make(), surgery.Units({site: [1]}))
+    assert not report.operated and re.search(reason, report.declined[site])
+
+
+def test_reborn_does_not_share_gated_units_out() -> None:
+    x = torch.randn(5, 4)
+    report = surgery.reborn(model := Gated(), surgery.Lowest(0.3, of="dormant"), evidence=measured(model, x))
+    assert not report.operated and "a way of its own" in report.declined["gate"]
+
+
+def test_a_constant_unit_that_goes_leaves_its_effect_in_the_biases_of_attention() -> None:
+    torch.manual_seed(0)
+    model: Any = Attended().double()
+    x = torch.randn(5, 7, 4).double()
+    with torch.no_grad():
+        model.one.weight[2], model.one.bias[2] = 0.0, 1e-3  # the same for every input, and the least useful
+        model.attention.in_proj_weight[:, 2] *= 1e-3
+    before = model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with surgery.ContinualBackprop(model, optimizer, rate=0.2, maturity=1) as replacing:
+        while not replacing.num_units:
+            model(x).square().mean().backward()
+            optimizer.step()
+            replacing.step()
+            optimizer.zero_grad()
+        assert replacing.last is not None and replacing.last.operated == {"one": (2,)}
+    assert torch.allclose(model(x), before, rtol=0, atol=1e-12)
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -152,7 +153,7 @@ DECLINED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str]] =
 
 
 @pytest.mark.parametrize("name", DECLINED)
-@pytest.mark.situation("Compile and export", "flattened: what is not linear keeps its bank", "declined")
+@pytest.mark.situation("Compile and export", "flattened: what is not linear keeps its bank", "refused")
 def test_what_cannot_be_flattened_keeps_its_bank_with_a_reason(name: str) -> None:
     make, shape, site, reason = DECLINED[name]
     torch.manual_seed(0)
@@ -243,6 +244,20 @@ def test_a_model_in_training_is_refused_and_its_copy_is_not() -> None:
     plain = copy.deepcopy(model)
     assert surgery.flatten(plain).num_rows == 2
     assert_untouched(before, model, [optimizer])
+
+
+def test_a_replica_of_many_processes_is_refused_before_it_changes(tmp_path: pathlib.Path) -> None:
+    dist.init_process_group("gloo", init_method=(tmp_path / "met").as_uri(), rank=0, world_size=1)
+    try:
+        model = mlp()
+        surgery.knife(model, surgery.Units({"0": [1]}))
+        replica = nn.parallel.DistributedDataParallel(model)
+        before = snapshot(model)
+        with pytest.raises(surgery.ModelError, match="flatten the module inside it"):
+            surgery.flatten(replica)
+        assert_untouched(before, model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_what_was_frozen_trains_and_no_old_gradient_is_left() -> None:

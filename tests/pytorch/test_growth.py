@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from neuronsurgery import surgery
 from neuronsurgery.pytorch.composites import Composite
+from neuronsurgery.pytorch.fading import FADING
 from neuronsurgery.pytorch.operating import num_weights
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(3))
@@ -497,6 +498,24 @@ def test_a_fault_in_the_middle_of_a_consolidation_leaves_no_trace(monkeypatch: p
     assert [type(module) for module in model.modules()] == classes
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_fault_in_an_operation_lets_no_bank_fade_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    surgery.knife(model, surgery.Units({"0": [1]}), optimizer=optimizer, retire=N)
+    entries = list(FADING[optimizer].entries)
+    counts = itertools.count()
+
+    def fails(module: nn.Module) -> int:
+        if next(counts):
+            raise KeyboardInterrupt
+        return num_weights(module)
+
+    monkeypatch.setattr("neuronsurgery.pytorch.operating.num_weights", fails)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.knife(model, surgery.Units({"2": [1]}), optimizer=optimizer, retire=N)
+    assert FADING[optimizer].entries == entries and len(entries) == 1
 
 
 # -- the bound -------------------------------------------------------------------------------------------------------

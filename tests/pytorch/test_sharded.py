@@ -64,14 +64,13 @@ def gathered_runs(rank: int) -> dict[str, Any]:
     root = operated_run(
         blocks(), lambda model: fully_shard(model, mesh=mesh_of_all()), torch.optim.NAdam, operates_first=True
     )
+    other = operated_run(blocks(), kind=torch.optim.NAdam, operates_first=True)
     return {
         "operated": plain["operated"],
         "apart": apart(plain, sharded),
         "sizes": [plain["sizes"], sharded["sizes"]],
         "columns, kept whole, SGD": apart(operated_run(blocks(), kind=momentum), columns),
-        "operated before, root, NAdam": apart(
-            operated_run(blocks(), kind=torch.optim.NAdam, operates_first=True), root
-        ),
+        "operated before, root, NAdam": apart(other, root),
         "problems": [problem for run in (sharded, columns, root) for problem in run["problems"]],
     }
 
@@ -226,6 +225,38 @@ def own_data(rank: int) -> dict[str, Any]:
     return {"operated": operated, "weights": weights(model)}
 
 
+def bounded(rank: int) -> dict[str, Any]:
+    """Rows that go again, of a sharded model and of a plain one, and operations of a schedule."""
+
+    def run(model: Any) -> dict[str, Any]:
+        optimizer = Adam(model.parameters(), lr=0.01)
+        train(model, optimizer, 2)
+        numbers = []
+        for _ in range(2):  # the first active member never moves
+            surgery.knife(model, Units({"0.up": [1]}), optimizer=optimizer, cooldown=0)
+        before = model(inputs(1)).detach()
+        numbers.append(surgery.consolidate(model).num_rows)
+        moved = float((model(inputs(1)) - before).detach().abs().max())
+        surgery.knife(model, Units({"2": [0, 6]}), optimizer=optimizer, retire=3)
+        train(model, optimizer, 5, 10)
+        numbers.append(surgery.consolidate(model, optimizer=optimizer).num_rows)
+        how: dict[str, Any] = {
+            "operate": surgery.Every(2),
+            "cooldown": 0,
+            "generator": torch.Generator().manual_seed(7),
+        }
+        with surgery.Schedule(model, optimizer, "stagnant", **how) as schedule:
+            for step in range(4):
+                train(model, optimizer, 1, 20 + step)
+                schedule.step()
+            numbers.append(schedule.num_operations)
+        output = model(inputs(2)).detach()
+        return {"weights": weights(model), "output": output, "operated": numbers, "moved": moved}
+
+    plain, sharded = run(blocks()), run(shard(blocks()))
+    return {"apart": apart(plain, sharded), "numbers": sharded["operated"], "moved": sharded["moved"]}
+
+
 def refused(rank: int) -> dict[str, Any]:
     """What each process is told of what cannot be done, or went wrong on one of them."""
     model = shard(blocks())
@@ -292,7 +323,7 @@ def traffic(rank: int) -> dict[str, Any]:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[..., Any]], list[Any]]:
     """What each process returned of a piece of work."""
     folder = tmp_path_factory.mktemp("sharded")
-    quick = (gathered_runs, parts_held, half_precision, accumulated, split_runs, own_data, refused, traffic)
+    quick = (gathered_runs, parts_held, half_precision, accumulated, split_runs, own_data, bounded, refused, traffic)
 
     def work(rank: int) -> dict[str, Any]:
         torch.set_num_threads(1)
@@ -303,7 +334,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[..., An
 
 
 Done = Callable[[Callable[..., Any]], list[Any]]
-GROUP = "Sharded models"
+GROUP = "Replicas"
 
 
 @pytest.mark.situation(GROUP, "FSDP2, operated on four times in training, beside a plain model", "works")
@@ -354,6 +385,13 @@ def test_processes_with_other_data_and_seeds_choose_and_draw_alike(done: Done):
     results = done(own_data)
     assert same_everywhere(results)
     assert all(any(each.values()) for each in results[0]["operated"])
+
+
+@pytest.mark.situation(GROUP, "FSDP2: consolidation, retirement, schedules", "works")
+def test_rows_leave_a_sharded_model_as_they_leave_a_plain_one(done: Done):
+    for found in done(bounded):
+        assert found["apart"] <= 1e-6 and found["moved"] <= 1e-6
+        assert found["numbers"][:2] == [2, 4] and found["numbers"][2] > 0
 
 
 @pytest.mark.situation(GROUP, "one process fails, or is asked for what sharded layers do not allow", "refused")

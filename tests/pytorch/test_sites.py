@@ -181,7 +181,7 @@ def test_a_meta_model_is_declined_layer_by_layer():
 
 
 def test_a_model_without_sites_says_why():
-    with pytest.raises(surgery.SiteError, match=r"no site to operate on. 0: no activation function"):
+    with pytest.raises(surgery.SiteError, match=r"no site to operate on was found. 0: no activation function"):
         surgery.knife(nn.Sequential(nn.Linear(4, 2)), surgery.Random(0.5))
 
 

@@ -192,7 +192,7 @@ def test_a_schedule_lets_it_run_as_by_itself(name: str) -> None:
     ("options", "complaint"),
     [
         ({"criterion": "stagnant", "operate": surgery.Every(1)}, "found criterion=Stagnant"),
-        ({"criterion": None, "operate": surgery.Every(5)}, r"operate=Every\(5\): pass criterion=None and"),
+        ({"criterion": None, "operate": surgery.Every(5)}, r"operate=Every\(5\): pass criterion=None, "),
         ({"criterion": None, "operate": surgery.Every(1), "mirrors": copy.deepcopy(network())}, "and mirrors"),
         ({"criterion": None, "operate": surgery.Every(1), "verify": X}, "cannot be called as ContinualBackprop"),
         ({"criterion": None, "operate": surgery.Every(1), "rat": 0.1}, "cannot be called as ContinualBackprop"),
