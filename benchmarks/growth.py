@@ -71,8 +71,8 @@ LIVES = (  # way, width, operations
     ("retire", 128, 1000),
     ("consolidate", 128, 1000),
     ("neither", 128, 200),
-    ("retire", 512, 64),
-    ("consolidate", 512, 64),
+    ("retire", 512, 1000),
+    ("consolidate", 512, 1000),
 )
 
 
@@ -83,11 +83,11 @@ def long(only: int | None) -> None:
             write(f"life {index}", Life(way, width).row(num_operations))
     table = Table(
         *("way", "width", "operations", "drift at one, largest", "rows, most", "at the end", "live MB half way"),
-        *("at the end", "step / as wide", "rested: rows", "step / untouched"),
+        *("at the end", "step / as wide", "rested: rows", "gradient / untouched", "step / untouched"),
     )
     for path in sorted(RESULTS.glob("life *.json")):
         table.add_row(*map(str, json.loads(path.read_text(encoding="utf-8"))))
-    Console(width=180).print(table)
+    Console(width=210).print(table)
 
 
 class Life:
@@ -118,16 +118,16 @@ class Life:
                 self.consolidate()
                 live.append(f"{live_bytes() / 1e6:.2f}")
         rows = surgery.composites(self.model).num_rows
-        ratio = self.ratio(rows)
+        ratio = self.ratio(rows, timed)
         done = f"{operated} of {num_operations}"
         return self.way, self.width, done, f"{drift:.1e}", most, rows, *live, ratio, *self.rested()
 
-    def rested(self) -> tuple[int, str]:
-        """The rows left once nothing was operated on for as long as a fade lasts, and what a step costs then."""
+    def rested(self) -> tuple[int, str, str]:
+        """The rows left once nothing was operated on while a fade lasts; what the model and a step cost then."""
         for _ in range(RETIRE):
             train(self.model, self.optimizer, self.x, self.y)
         self.consolidate()
-        return surgery.composites(self.model).num_rows, self.ratio(0)
+        return surgery.composites(self.model).num_rows, self.ratio(0, timed_gradient), self.ratio(0, timed)
 
     def operate(self) -> Any:
         """On one of 32 units of each layer, at random."""
@@ -149,13 +149,13 @@ class Life:
         elif self.way == "consolidate":
             surgery.consolidate(self.model, optimizer=self.optimizer, batches=[self.x], max_rows=self.width)
 
-    def ratio(self, rows: int) -> str:
-        """Median and quartiles of a step's time over that of a plain network as wide, taken in turn."""
+    def ratio(self, rows: int, seconds_of: Callable[..., float]) -> str:
+        """Median and quartiles of a time over that of a plain network as wide, taken in turn."""
         plain = network(self.width + rows // 2)
         beside = torch.optim.Adam(plain.parameters(), lr=1e-3)
         ratios = []
         for _ in range(60):
-            seconds = [timed(m, o, self.x, self.y) for m, o in ((self.model, self.optimizer), (plain, beside))]
+            seconds = [seconds_of(m, o, self.x, self.y) for m, o in ((self.model, self.optimizer), (plain, beside))]
             ratios.append(seconds[0] / seconds[1])
         low, median, high = statistics.quantiles(ratios[10:], n=4)
         return f"{median:.2f} ({low:.2f} to {high:.2f})"
@@ -173,6 +173,14 @@ def timed(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
     """The processor seconds of a step, on one thread."""
     start = time.thread_time()  # not the clock on the wall, which counts what neighbors do
     train(model, optimizer, x, y)
+    return time.thread_time() - start
+
+
+def timed_gradient(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """The same without the optimizer."""
+    optimizer.zero_grad()
+    start = time.thread_time()
+    torch.autograd.backward(cross_entropy(model(x), y))
     return time.thread_time() - start
 
 
@@ -342,8 +350,12 @@ def picture(only: int | None) -> None:
         accuracies, rows = zip(*runs, strict=True)
         left.plot(statistics.mean(rows), statistics.mean(accuracies), "o", color="C0")
         left.vlines(statistics.mean(rows), min(accuracies), max(accuracies), color="C0")
-        label = name if name == "no operation" else f"N = {name}"
-        left.annotate(label, (statistics.mean(rows), statistics.mean(accuracies)), (5, -11), textcoords="offset points")
+        label = name if name in ("never", "no operation") else f"N = {name}"
+        above = 7 if name in ("0.5", "4") else -13  # neighbors do not share a side
+        left.annotate(
+            label, (statistics.mean(rows), statistics.mean(accuracies)), (-12, above), textcoords="offset points"
+        )
+    left.set_xscale("symlog", linthresh=0.1)
     left.set(xlabel="frozen rows a unit, at the end", ylabel="accuracy on the last 5 tasks", ylim=(0, 1.02))
     left.set_title("rows retire after N tasks")
     for way, label in (("chosen", "rows chosen"), ("fitted", "rows chosen and fitted")):

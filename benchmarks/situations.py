@@ -158,14 +158,13 @@ def lines(situations: Sequence[Situation]) -> Iterator[str]:
 
 
 def tests_of(same: Sequence[Situation]) -> str:
-    """The names of the tests of one row, each once, by file."""
-    by_file: dict[str, list[str]] = {}
+    """The names of the tests of one row, each once, by file; slow is one of which every case is."""
+    by_file: dict[str, dict[str, bool]] = {}
     for each in same:
-        name = f"`{each.test}`{' (slow)' if each.is_slow else ''}"
-        names = by_file.setdefault(each.file, [])
-        if name not in names:
-            names.append(name)
-    return "; ".join(f"{Path(file).name}: {', '.join(names)}" for file, names in sorted(by_file.items()))
+        tests = by_file.setdefault(each.file, {})
+        tests[each.test] = tests.get(each.test, True) and each.is_slow
+    named = {file: [f"`{test}`{' (slow)' * slow}" for test, slow in tests.items()] for file, tests in by_file.items()}
+    return "; ".join(f"{Path(file).name}: {', '.join(names)}" for file, names in sorted(named.items()))
 
 
 def cell(text: str) -> str:

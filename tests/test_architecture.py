@@ -151,9 +151,14 @@ def test_rule_finds_what_breaks_it(rule: Rule, sources: dict[str, str], expected
     assert len(found) == expected, found
 
 
+@pytest.fixture(scope="module")
+def package() -> Modules:
+    return read_package(ROOT / PACKAGE)
+
+
 @pytest.mark.parametrize("rule", dict.fromkeys(rule for rule, _, _ in RULES), ids=lambda rule: rule.__name__)
-def test_no_module_breaks_rule(rule: Rule) -> None:
-    assert rule(read_package(ROOT / PACKAGE)) == []
+def test_no_module_breaks_rule(rule: Rule, package: Modules) -> None:
+    assert rule(package) == []
 
 
 def test_core_has_the_files_of_the_design() -> None:

@@ -5,6 +5,7 @@ Nothing is run here: markers are collected, from the test files in which the wor
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_a_situation_that_several_tests_cover_is_one_row_with_each_of_them_once(
         "| **Optimizers** | Adam, fused | works | test_optimizers.py: `test_fused`; test_precision.py: "
         "`test_amp` (slow) |"
     )
+
+
+def test_a_test_is_slow_on_the_page_if_all_of_its_cases_are() -> None:
+    slow = dataclasses.replace(WORKS, is_slow=True)
+    assert "`test_fused` (slow)" in page([slow, slow])
+    assert "`test_fused` |" in page([slow, WORKS]) and "`test_fused` |" in page([WORKS, slow])
 
 
 def test_groups_stand_in_their_order_and_rows_in_that_of_the_alphabet() -> None:

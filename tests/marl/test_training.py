@@ -135,8 +135,23 @@ class Losses(Silent):
 RETIRING = replace(KNIFE, every=12, retire=8)  # the save in the middle of the third round is in the middle of a fade
 
 
-@pytest.mark.parametrize("surgery", [SurgerySettings(), KNIFE, RETIRING], ids=["plain", "operated on", "fading"])
-@pytest.mark.parametrize("algorithm", ["vdn", "qmix", "qplex"])
+WAYS = {"plain": SurgerySettings(), "operated on": KNIFE, "fading": RETIRING}
+QUICK = {("vdn", "plain"), ("qmix", "operated on"), ("qplex", "fading")}  # each of both once; all of them are slow
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "surgery"),
+    [
+        pytest.param(
+            algorithm,
+            surgery,
+            id=f"{algorithm}-{way}",
+            marks=() if (algorithm, way) in QUICK else pytest.mark.slow,
+        )
+        for algorithm in ("vdn", "qmix", "qplex")
+        for way, surgery in WAYS.items()
+    ],
+)
 def test_a_run_that_was_saved_in_between_goes_on_as_if_it_had_not_been(
     algorithm: Algorithm, surgery: SurgerySettings, tmp_path: Any
 ) -> None:

@@ -93,7 +93,8 @@ def cases() -> Iterator[Any]:
             yield pytest.param(model, "adam", stage, id=f"{model}-adam-{stage}")
         for optimizer in OPTIMIZERS:
             if optimizer != "adam" and stage not in ("beyond capacity", "undo all"):
-                yield pytest.param("sequential", optimizer, stage, id=f"sequential-{optimizer}-{stage}")
+                marks = () if stage == "first" else pytest.mark.slow  # Adam has these stages with every model
+                yield pytest.param("sequential", optimizer, stage, id=f"sequential-{optimizer}-{stage}", marks=marks)
 
 
 @pytest.mark.parametrize(("model", "optimizer", "stage"), list(cases()))

@@ -265,7 +265,7 @@ def what(name: str) -> str:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.situation("Optimizers", what(name), "works")) for name in TABLE]
 )
-@pytest.mark.parametrize("num_steps", [1, 10, 1000])
+@pytest.mark.parametrize("num_steps", [1, 10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_first_and_largest_update_are_a_fresh_parameters(name: str, num_steps: int) -> None:
     trial, fresh = operated(name, num_steps)
     sizes, fresh_sizes = update_sizes(trial, fresh, 40)
