@@ -33,15 +33,11 @@ class GRUCell(nn.GRUCell):
 
         One call for both, so that whoever reads the network sees one reader of the inputs. All steps start from zeros.
         """
-        if hidden is None and x.ndim == 3:
-            return self.unroll(x)
-        after: Tensor = super().forward(x, hidden)
-        return after
-
-    def unroll(self, x: Tensor) -> Tensor:
-        """States (T, M, H) after each of the inputs (T, M, I), from a state of zeros."""
-        hidden: Tensor = _Unrolled.apply(x, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # type: ignore[no-untyped-call]
-        return hidden
+        if hidden is not None or x.ndim < 3:
+            after: Tensor = super().forward(x, hidden)
+            return after
+        states: Tensor = _Unrolled.apply(x, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # type: ignore[no-untyped-call]
+        return states
 
 
 class _Unrolled(torch.autograd.Function):

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
+from marl.recurrence import GRUCell
 from marl.run_settings import BANK_METHODS, LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
 __all__ = ["Operations", "load_learner", "operable_sites", "reset_optimizer", "unit_shares"]
+
+surgery.declare_consumer(GRUCell, {"weight_ih": "bias_ih"})  # as torch's, which its gradient by hand would hide
 
 OPERABLE = {
     "agent": ("agent.encoder.",),

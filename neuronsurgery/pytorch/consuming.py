@@ -198,8 +198,8 @@ class Following:
         return is_entrywise and self.is_partner(inputs[0], scope, layout)
 
     def called(self, scope: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
-        path = str(user.target)
-        module = submodule(scope, path)
+        module = submodule(scope, str(user.target))
+        path = self.name_of(scope, str(user.target))
         if (weights := input_weights(module)) is not None:
             return self.entered_whole(path, module, weights, node, user, layout)
         if original_class(module).forward is nn.MultiheadAttention.forward:
@@ -249,7 +249,7 @@ class Following:
 
     def consumed(self, scope: nn.Module, user: fx.Node, call: Multiplication, layout: Layout) -> str:
         """A product with a parameter reads it."""
-        name = self.name_of(scope, call)
+        name = self.name_of(scope, call.producer)
         if isinstance(call.product, str):
             return f"its consumer '{name}' cannot be written: {call.product}"
         if user.op == "call_module" and may_change_input(submodule(scope, call.producer)):
@@ -331,9 +331,9 @@ class Following:
         self.calls.add(user)
         return ""
 
-    def name_of(self, scope: nn.Module, call: Multiplication) -> str:
+    def name_of(self, scope: nn.Module, path: str) -> str:
         outer = self.survey.names.get(id(scope), "")
-        return f"{outer}.{call.producer}".lstrip(".")
+        return f"{outer}.{path}".lstrip(".")
 
     # -- all of them
 
