@@ -10,6 +10,7 @@ methods' sources.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -71,6 +72,13 @@ def operable_sites(learner: Learner, *parts: str) -> surgery.Sites:
     return _of_parts(surgery.discover(learner.online), *parts)
 
 
+@dataclass
+class Seen:
+    """The batch that the next update learns from."""
+
+    episodes: TensorDict = field(default_factory=TensorDict)
+
+
 class Operations:
     """What is operated on in a run, and when.
 
@@ -81,7 +89,7 @@ class Operations:
     """
 
     def __init__(self, learner: Learner, settings: SurgerySettings, *, seed: int) -> None:
-        self._learner, self._batch = learner, TensorDict({})
+        self._learner, self._seen = learner, Seen()
         self._schedule: surgery.Schedule | None = None
         if settings.method != "none":
             try:
@@ -102,12 +110,13 @@ class Operations:
         return surgery.Schedule(self._learner.online, self._learner.optimizer, criterion, **options)
 
     def _of_units(self, settings: SurgerySettings) -> dict[str, Any]:
+        seen = self._seen  # and not these operations, which what listens to the networks would keep for ever
         options = {
             "look": surgery.Every(1) if settings.look is None else surgery.Last(settings.look),
             "sites": self._sites,
             "cooldown": settings.cooldown,
             "max_share": settings.max_share,
-            "weights": lambda site, _: sample_weights(self._batch, site),
+            "weights": lambda site, _: sample_weights(seen.episodes, site),
         }
         if settings.method in BANK_METHODS:
             options |= {"max_growth": settings.max_growth, "mirrors": self._learner.target}
@@ -124,7 +133,7 @@ class Operations:
             SettingsError: hypernetworks are to be operated on, and all states are zero.
         """
         if self._schedule is not None:
-            self._batch = episodes
+            self._seen.episodes = episodes
             if any(site.startswith("mixer.") for site in self._sites):
                 _require_states(episodes)
 
