@@ -3,8 +3,8 @@
 Operated on are hidden units: those of the agents' input layers and those of the hypernetworks' ReLU layers. Whatever
 comes from a generated weight onward, and the agents' GRU cell and head, is left alone: a composite unit behind an
 absolute value or a sigmoid could take QMIX its monotonicity and QPLEX its individual-global-max. Target networks get
-the structure, and the same fresh draws, at once. What other methods write, they get with their next update, as in the
-methods' sources.
+the structure, and the same fresh draws, at once. Other methods write what a unit hands on as well, columns of the GRU
+cell's weights say; what they write, targets get with their next update, as in the methods' sources.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from neuronsurgery import surgery
 
 __all__ = ["Operations", "load_learner", "operable_sites", "reset_optimizer", "unit_shares"]
 
-surgery.declare_consumer(GRUCell, {"weight_ih": "bias_ih"})  # as torch's, which its gradient by hand would hide
+surgery.declare_consumer(GRUCell, {"weight_ih": "bias_ih"})  # no graph shows it behind a gradient by hand
 
 OPERABLE = {
     "agent": ("agent.encoder.",),

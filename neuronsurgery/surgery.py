@@ -598,7 +598,8 @@ def probe(
         sites: names of range-bearing producers to measure as well.
         weights: as for `observe`.
 
-    Gradients, buffers, random states and modes are left as they were.
+    Gradients, buffers, random states and modes are left as they were, and an observation or schedule that is open hears
+    nothing of these passes.
 
     Example:
         >>> import torch

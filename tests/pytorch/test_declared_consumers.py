@@ -63,12 +63,20 @@ class Mistaken(Fused):
     """Declared with a weight that it has not."""
 
 
+class Readable(nn.GRUCell):
+    """Can be traced, and is declared all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_ih, self.bias_ih)[:, : self.hidden_size].tanh()
+
+
 class Undeclared(Fused):
     pass
 
 
 surgery.declare_consumer(Fused, {"weight_ih": "bias_ih"})
 surgery.declare_consumer(Peeking, {"weight_ih": "bias_ih"})
+surgery.declare_consumer(Readable, {"weight_ih": "bias_ih"})
 surgery.declare_consumer(Mistaken, {"weight_input": None})
 
 
@@ -93,8 +101,9 @@ def declined(model: nn.Module) -> str:
     return surgery.consumers(model).declined["one"]
 
 
-def test_a_layer_reads_by_the_weights_that_its_class_was_declared_with() -> None:
-    assert surgery.consumers(Agent()).readers == {"one": {"body.cell.weight_ih": 1}}
+@pytest.mark.parametrize("cell", [Fused, Readable])
+def test_a_layer_reads_by_the_weights_that_its_class_was_declared_with(cell: Any) -> None:
+    assert surgery.consumers(Agent(cell)).readers["one"] == {"body.cell.weight_ih": 1}
 
 
 @pytest.mark.parametrize(
