@@ -4,6 +4,7 @@
     |-- SettingsError      an unknown name, a value out of range, settings that do not fit together
     |-- BatchError         episodes whose shapes do not fit what they are given to
     |-- ActionError        actions that an environment cannot take
+    |-- GameError          a game outside of this program that cannot be played, or breaks again and again
     |-- CheckpointError    a file that was written for other networks or by another run
     `-- MissingExtraError  ImportError   a package that only an optional part needs
 
@@ -30,6 +31,10 @@ class BatchError(MarlError):
 
 class ActionError(MarlError):
     """Actions of the wrong shape or type, out of range, or not available."""
+
+
+class GameError(MarlError):
+    """A game outside of this program that cannot be played here, or that breaks again and again."""
 
 
 class CheckpointError(MarlError):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marl.agents import Agent
 from marl.environments.protocol import Environment
-from marl.rollout import collect
+from marl.rollout import collect, whole
 
 __all__ = ["Evaluation", "Interval", "evaluate", "interval_of", "returns_of"]
 
@@ -49,6 +49,8 @@ def evaluate(
 ) -> Evaluation:
     """The returns of at least `num_episodes` episodes, rounded up to whole batches of the environment.
 
+    Fewer where games broke, whose returns mean nothing.
+
     >>> from marl.agents import AgentInputs, FeedForwardAgent
     >>> from marl.environments import make_environment
     >>> agent = FeedForwardAgent(AgentInputs(num_agents=2, num_actions=3, obs_size=5))
@@ -57,7 +59,7 @@ def evaluate(
     5.0
     """
     num_rounds = -(-num_episodes // environment.batch_size)
-    rounds = [collect(environment, agent, epsilon=epsilon, seed=seed + number) for number in range(num_rounds)]
+    rounds = [whole(collect(environment, agent, epsilon=epsilon, seed=seed + n)) for n in range(num_rounds)]
     lengths = [episodes["mask"].sum(dim=-1) for episodes in rounds]
     won = torch.cat([episodes["won"] for episodes in rounds]) if "won" in rounds[0] else None
     return Evaluation(torch.cat([returns_of(episodes) for episodes in rounds]), torch.cat(lengths), won)

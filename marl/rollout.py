@@ -10,16 +10,16 @@ from marl.agents import NO_ACTION, Agent
 from marl.environments.protocol import Environment, Observation
 from marl.losses import greedy_actions
 
-__all__ = ["choose_actions", "collect"]
+__all__ = ["choose_actions", "collect", "whole"]
 
 
 @torch.no_grad()
 def collect(environment: Environment, agent: Agent, *, epsilon: float, seed: int) -> TensorDict:
     """B episodes from start to end, laid out as in `marl.replay` and padded to the longest that there can be.
 
-    `epsilon` is the share of random actions. Where episodes can be won there is one more entry, "won" (B,), bool; it is
-    about whole episodes, and none of the replay's. What happens depends on the agents and the seed only, so that a run
-    which was stopped between two rollouts goes on as if it had not been.
+    `epsilon` is the share of random actions. Where episodes can be won, or games can break, there are the entries "won"
+    and "broken" (B,), bool; they are about whole episodes, and none of the replay's. What happens depends on the agents
+    and the seed only, so that a run which was stopped between two rollouts goes on as if it had not been.
 
     >>> from marl.agents import AgentInputs, FeedForwardAgent
     >>> from marl.environments import make_environment
@@ -39,16 +39,28 @@ def collect(environment: Environment, agent: Agent, *, epsilon: float, seed: int
         agent_qs, hidden = agent(observation.obs, actions, hidden)
         actions = choose_actions(agent_qs, observation.avail_actions, epsilon=epsilon, generator=generator)
         outcome = environment.step(actions)
+        mask = going if outcome.broken is None else going & ~outcome.broken
         happened = {"actions": actions, "reward": outcome.reward, "terminated": outcome.terminated & going}
-        for key, value in {**happened, "mask": going}.items():
+        for key, value in {**happened, "mask": mask}.items():
             episodes[key][:, step] = value
         observation, going = outcome.observation, ~(outcome.terminated | outcome.truncated)
         if not going.any():
             break
     _write(observation, episodes, step + 1)
-    if outcome.won is not None:
-        episodes["won"] = outcome.won
-    return episodes
+    of_episodes = {"won": outcome.won, "broken": outcome.broken}
+    return episodes.update({name: value for name, value in of_episodes.items() if value is not None})
+
+
+def whole(episodes: TensorDict) -> TensorDict:
+    """Those of some episodes whose games did not break: the ones whose returns mean something. All, if all did.
+
+    >>> broken = TensorDict({"mask": torch.ones(2, 1), "broken": torch.tensor([True, False])}, [2])
+    >>> len(whole(broken)), len(whole(broken[:1]))
+    (1, 1)
+    """
+    if "broken" not in episodes or episodes["broken"].all():
+        return episodes
+    return episodes[~episodes["broken"]]
 
 
 def choose_actions(

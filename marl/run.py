@@ -16,6 +16,7 @@ from marl.learner import Learner, make_learner
 from marl.networks import make_networks
 from marl.records import Averages
 from marl.replay import EpisodeReplay
+from marl.rollout import whole
 from marl.run_settings import RunSettings
 from marl.seeding import seed_for
 from marl.surgery import Operations, load_learner, reset_optimizer
@@ -131,8 +132,10 @@ class Run:
         Until a batch can be drawn none are, and they are not made up for.
         """
         progress, num_steps = self.progress, int(episodes["mask"].sum())
-        self.replay.add(episodes.exclude("won"))  # which is of episodes, not of their steps
-        self.averages.add_episodes(episodes)
+        if num_steps:
+            self.averages.add_episodes(whole(episodes))
+            begun = episodes[episodes["mask"].any(dim=1)]  # without games that broke at once
+            self.replay.add(begun.exclude("won", "broken"))  # which are of episodes, not of their steps
         progress.round += 1
         progress.num_steps += num_steps
         progress.num_task_steps += num_steps

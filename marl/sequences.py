@@ -61,6 +61,11 @@ CAPTURES: Mapping[str, Mapping[str, object]] = {
 GRIDS = {f"grid_{size}": {"height": size, "width": size, "punishment": 0.0} for size in (8, 10, 12)}
 NUMBERS = {name: {"scenario": name} for name in ("5gen_protoss", "10gen_protoss", "10gen_protoss_vs_11")}
 PREDATOR_PREY = _lengths(250_000, exploring=50_000)
+SMACV2_NUMBERS = {
+    f"{allies}_against_{enemies}": {"num_units": allies, "num_enemies": enemies}
+    for allies, enemies in ((5, 5), (10, 10), (10, 11))
+}
+SMACV2 = _lengths(2_000_000, exploring=100_000)
 SMAX = _lengths(500_000, exploring=50_000)
 
 SEQUENCES: Mapping[str, NamedSequence] = {
@@ -104,6 +109,24 @@ SEQUENCES: Mapping[str, NamedSequence] = {
         _drift("smax", NUMBERS, agents=10, actions=16, obs=270, state=252),
         SMAX,
     ),
+    "smacv2_races": NamedSequence(
+        "what both teams are made of, five against five on StarCraft II; Terran and Zerg are padded to Protoss",
+        _drift("smacv2", {race: {"race": race} for race in RACES}, obs=92, state=130),
+        SMACV2,
+    ),
+    "smacv2_positions": NamedSequence(
+        "where five Protoss begin on StarCraft II",
+        _drift(
+            "smacv2", {places: {"positions": places} for places in ("reflect", "surrounded", "surrounded_and_reflect")}
+        ),
+        SMACV2,
+    ),
+    "smacv2_numbers": NamedSequence(
+        "how many Protoss fight on StarCraft II; smaller teams are padded with units that see and do nothing",
+        _drift("smacv2", SMACV2_NUMBERS, agents=10, actions=17, obs=191, state=327),
+        SMACV2,
+    ),
+    "smac_stationary": NamedSequence("3s_vs_5z alone, on StarCraft II", (Task("3s_vs_5z", "smac"),), SMACV2),
     "smax_stationary": NamedSequence(
         "3s_vs_5z alone, on SMAX", (Task("3s_vs_5z", "smax", {"scenario": "3s_vs_5z"}),), SMAX
     ),

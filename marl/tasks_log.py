@@ -31,7 +31,7 @@ class TasksLog(Silent):
     def on_returns(self, run: Run, returns: Sequence[TaskReturn]) -> None:
         again = {(each.steps, each.num_finished, each.task) for each in returns}
         kept = [each for each in self.returns if (each.steps, each.num_finished, each.task) not in again]
-        self.returns = [*kept, *returns]
+        self.returns = sorted([*kept, *returns], key=lambda each: (each.steps, each.num_finished))
         write_rows(self._path, list(_rows(self.returns)))
 
 

@@ -14,6 +14,8 @@ from marl.environments.qtran_predator_prey import QtranPredatorPrey, QtranPredat
 from marl.environments.registry import ENVIRONMENTS, make_environment
 from marl.environments.smax import Smax
 from marl.environments.smax_settings import SmaxSettings
+from marl.environments.starcraft import Starcraft
+from marl.environments.starcraft_settings import SmacSettings, Smacv2Settings
 from marl.environments.tasks import Task, TaskSequence, matrix_tasks
 
 __all__ = [
@@ -36,6 +38,9 @@ __all__ = [
     "QtranPredatorPreySettings",
     "Smax",
     "SmaxSettings",
+    "Starcraft",
+    "Smacv2Settings",
+    "SmacSettings",
     # in a row
     "Task",
     "TaskSequence",

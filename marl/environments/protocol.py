@@ -71,6 +71,9 @@ class Outcome:
     """(B,), bool: the time limit cut off an episode that would have gone on; stays true until `reset`."""
     won: Tensor | None = None
     """(B,), bool: the team has won, which stays true until `reset`; none where there is nothing to be won."""
+    broken: Tensor | None = None
+    """(B,), bool: the game broke in this step or before, so that nothing is known of the step in which it did. The
+    episode is truncated before that step, with the observation from then. None where games do not break."""
 
 
 class Environment(Protocol):

@@ -15,6 +15,8 @@ from marl.environments.protocol import TextEnvironment
 from marl.environments.qtran_predator_prey import QTRAN_VARIANTS, QtranPredatorPrey
 from marl.environments.smax import Smax
 from marl.environments.smax_settings import SmaxSettings
+from marl.environments.starcraft import Starcraft
+from marl.environments.starcraft_settings import SmacSettings, Smacv2Settings
 from marl.errors import SettingsError, suggestion
 
 
@@ -100,4 +102,7 @@ ENVIRONMENTS = {
     **{name: _by_fields(PredatorPrey, settings) for name, settings in VARIANTS.items()},
     **{name: _by_fields(QtranPredatorPrey, settings) for name, settings in QTRAN_VARIANTS.items()},
     "smax": _by_fields(Smax, SmaxSettings()),
+    # Those that need StarCraft II.
+    "smacv2": _by_fields(Starcraft, Smacv2Settings()),
+    "smac": _by_fields(Starcraft, SmacSettings()),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from marl.environments import Task, TaskSequence, matrix_tasks
 from marl.errors import CheckpointError, SettingsError
 from marl.logs import open_logs, read_csv
 from marl.run import Run, make_run
+from marl.run_settings import RunSettings
 from marl.sequences import SEQUENCES
 from marl.tasks_log import NAME as TASKS_NAME
 from marl.tasks_log import read_returns
@@ -189,6 +191,22 @@ THREE: Layer = {
     "switch": {"keep_episodes": 6},
     "all_tasks": {"num_episodes": 3, "every": 45},
 }
+BATTLES: Layer = {
+    "tasks": [
+        {"name": task.name, "environment": task.environment, "options": dict(task.options)}
+        for task in SEQUENCES["smax_races"].tasks[:3]
+    ],
+    "learning": {"replay": {"batch_size": 8, "capacity": 500}},
+    "training": {
+        "num_steps": 2_000,
+        "num_parallel": 4,
+        "evaluate_every": 500,
+        "num_evaluation_episodes": 4,
+        "save_every": 700,
+    },
+    "switch": {"keep_episodes": 20},
+    "all_tasks": {"num_episodes": 4},
+}
 MATRIX: Layer = {"tasks": "matrix_game:knife,qtran,climbing", "all_tasks": {"num_episodes": 2}}
 
 KILLED = """
@@ -203,7 +221,8 @@ from marl.training import Silent, train
 
 class Dies(Silent):
     def on_round(self, run):
-        if run.progress.task == 1 and run.progress.num_task_steps >= 20:
+        half = run.settings.num_steps_of(1) // 2
+        if run.progress.task == 1 and run.progress.num_task_steps >= half:
             os.kill(os.getpid(), signal.SIGKILL)
 
 torch.set_num_threads(1)
@@ -226,13 +245,28 @@ def test_sequences_killed_in_their_second_task_and_resumed_have_the_curves_of_wh
         "predators with knife": small(THREE, KNIFE),
         "predators without": small(THREE),
     }
+    assert_killed_ones_go_on(cases, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("jaxmarl") is None, reason="needs jaxmarl")
+@pytest.mark.parametrize("surgery", [KNIFE, {}], ids=["knife", "without"])
+@pytest.mark.situation("Checkpoints and copies", "`marl`: three tasks of SMAX, killed in the second", "works")
+def test_a_sequence_on_smax_killed_in_its_second_task_and_resumed_has_the_curves_of_a_whole_one(
+    surgery: Layer, tmp_path: Path
+) -> None:
+    assert_killed_ones_go_on({"battles": small(BATTLES, surgery)}, folder=tmp_path)
+
+
+def assert_killed_ones_go_on(cases: Mapping[str, RunSettings], *, folder: Path) -> None:
+    """Each begun in another process, killed there, and compared with a whole one when it has gone on."""
     for name, settings in cases.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "asked.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, *(str(tmp_path / name) for name in cases)]
+        (folder / name).mkdir()
+        (folder / name / "asked.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, *(str(folder / name) for name in cases)]
     subprocess.run(command, cwd=ROOT, check=True)
     for name, settings in cases.items():
-        assert_same_curves(tmp_path / name, make_run(settings), folder=tmp_path / f"{name}, whole")
+        assert_same_curves(folder / name, make_run(settings), folder=folder / f"{name}, whole")
 
 
 def assert_same_curves(killed: Path, whole: Run, *, folder: Path) -> None:
@@ -256,8 +290,9 @@ def assert_same_curves(killed: Path, whole: Run, *, folder: Path) -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_sequences_by_name_are_games_that_one_set_of_networks_can_play(name: str) -> None:
     tasks = SEQUENCES[name].tasks
-    if tasks[0].environment == "smax" and find_spec("jaxmarl") is None:
-        pytest.skip("needs the extra smax")
+    package = {"smax": "jaxmarl", "smacv2": "smacv2", "smac": "smac"}.get(tasks[0].environment)
+    if package and find_spec(package) is None:
+        pytest.skip(f"needs {package}")
     settings = configure({"algorithm": "qmix", "tasks": name})
     assert settings.tasks == TaskSequence(tasks)
     assert (tasks[-1].name == tasks[0].name) and len(settings.tasks.games) == max(1, len(tasks) - 1)

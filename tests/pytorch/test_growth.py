@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neuronsurgery import surgery
+from neuronsurgery.errors import EquivalenceError
+from neuronsurgery.pytorch import consolidating
 from neuronsurgery.pytorch.composites import Composite
 from neuronsurgery.pytorch.fading import FADING
 from neuronsurgery.pytorch.operating import num_weights
@@ -405,6 +407,16 @@ def test_consolidation_leaves_what_still_fades_and_lets_it_go_on() -> None:
     torch.testing.assert_close(model(X), before)
     train(model, optimizer, 1)
     assert fade_of(model) == [0.25] * 2
+
+
+def test_rows_that_are_taken_for_equal_and_are_not_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = operated(retire=None)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(consolidating, "equal", lambda bank, pairs: [(0, len(bank.rows) - 1)])
+    with pytest.raises(EquivalenceError, match="without rows that contribute nothing the activations differ"):
+        surgery.consolidate(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("norm", [False, True])

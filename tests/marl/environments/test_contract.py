@@ -16,7 +16,7 @@ from marl.errors import ActionError, SettingsError
 from tests.marl.environments.battles import NEEDS_SMAX
 from tests.marl.environments.playing import uniform_actions
 
-LARGE = {"predator_prey_m", "predator_prey_l"}
+LARGE = {"predator_prey_m", "predator_prey_l", "smacv2", "smac"}
 COMPILED = {"smax"}  # for each number of parallel episodes, for some ten seconds
 SHORT: dict[str, dict[str, Any]] = {name: {"episode_limit": 6} for name in ENVIRONMENTS if "predator" in name}
 CASES: list[tuple[str, dict[str, Any]]] = [
