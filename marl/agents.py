@@ -110,6 +110,22 @@ class AgentInputs:
         return ids.expand(*obs.shape[:-2], -1, -1)
 
 
+class Joined(nn.Module):
+    """`AgentInputs.join` as a layer: a part of its own where a network is read layer by layer.
+
+    >>> joined = Joined(AgentInputs(num_agents=2, num_actions=3, obs_size=4))
+    >>> joined(torch.zeros(5, 2, 4), torch.zeros(5, 2, dtype=torch.int64), torch.float32).shape
+    torch.Size([5, 2, 9])
+    """
+
+    def __init__(self, inputs: AgentInputs) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+    def forward(self, obs: Tensor, last_actions: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.inputs.join(obs, last_actions, dtype)
+
+
 class RecurrentAgent(Agent):
     """Linear layers with ReLU, a GRU cell, a linear head: `Agent` with memory.
 
@@ -124,6 +140,7 @@ class RecurrentAgent(Agent):
         super().__init__()
         self.inputs = inputs
         self.hidden_size = hidden_size
+        self.joined = Joined(inputs)
         self.encoder = _hidden_layers(inputs.size, hidden_size, num_input_layers)
         self.cell = GRUCell(hidden_size, hidden_size)
         self.head = nn.Linear(hidden_size, inputs.num_actions)
@@ -132,7 +149,7 @@ class RecurrentAgent(Agent):
         return self.head.weight.new_zeros(*obs.shape[:-1], self.hidden_size)
 
     def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.encoder(self.inputs.join(obs, last_actions, self.head.weight.dtype))
+        features = self.encoder(self.joined(obs, last_actions, self.head.weight.dtype))
         rows = [rearrange(each, "... b n h -> ... (b n) h") for each in (features, hidden)]
         hidden = self.cell(*rows).reshape(hidden.shape)
         return self.head(hidden), hidden
@@ -141,8 +158,8 @@ class RecurrentAgent(Agent):
         # time first, so that each step of the cell reads one piece of memory
         obs = rearrange(obs, "... b t n o -> ... t b n o")
         last_actions = rearrange(_last_actions(actions), "... b t n -> ... t b n")
-        features = self.encoder(self.inputs.join(obs, last_actions, self.head.weight.dtype))
-        values = self.head(self.cell.unroll(rearrange(features, "... t b n h -> ... t (b n) h")))
+        features = self.encoder(self.joined(obs, last_actions, self.head.weight.dtype))
+        values = self.head(self.cell(rearrange(features, "... t b n h -> ... t (b n) h")))
         agent_qs: Tensor = rearrange(values, "... t (b n) a -> ... b t n a", n=self.inputs.num_agents)
         return agent_qs
 
@@ -158,6 +175,7 @@ class FeedForwardAgent(Agent):
     def __init__(self, inputs: AgentInputs, *, hidden_size: int = 64, num_hidden_layers: int = 2) -> None:
         super().__init__()
         self.inputs = inputs
+        self.joined = Joined(inputs)
         self.encoder = _hidden_layers(inputs.size, hidden_size, num_hidden_layers)
         self.head = nn.Linear(hidden_size, inputs.num_actions)
 
@@ -165,7 +183,7 @@ class FeedForwardAgent(Agent):
         return self.head.weight.new_zeros(*obs.shape[:-1], 0)
 
     def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(self.encoder(self.inputs.join(obs, last_actions, self.head.weight.dtype))), hidden
+        return self.head(self.encoder(self.joined(obs, last_actions, self.head.weight.dtype))), hidden
 
     def unroll(self, obs: Tensor, actions: Tensor) -> Tensor:
         agent_qs: Tensor

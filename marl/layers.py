@@ -78,7 +78,7 @@ class StackedGroupedLinear(nn.Module):
 
 
 class StackedGRUCell(nn.Module):
-    """R GRU cells: inputs (R, M, I) and hidden states (R, M, H) to hidden states (R, M, H).
+    """R GRU cells: inputs (R, M, I) and hidden states (R, M, H) to hidden states (R, M, H), or all steps at once.
 
     The formulas are those of `torch.nn.GRUCell`, from Cho et al. 2014.
 
@@ -94,7 +94,11 @@ class StackedGRUCell(nn.Module):
         self.bias_ih = _stacked([cell.bias_ih for cell in cells])
         self.bias_hh = _stacked([cell.bias_hh for cell in cells])
 
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.unroll(x) if hidden is None else self.step(x, hidden)
+
+    def step(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """States (R, M, H) after inputs (R, M, I) and states (R, M, H)."""
         reset_x, update_x, candidate_x = _linear(x, self.weight_ih, self.bias_ih).chunk(3, dim=-1)
         reset_h, update_h, candidate_h = _linear(hidden, self.weight_hh, self.bias_hh).chunk(3, dim=-1)
         reset, update = torch.sigmoid(reset_x + reset_h), torch.sigmoid(update_x + update_h)
@@ -103,7 +107,7 @@ class StackedGRUCell(nn.Module):
     def unroll(self, x: Tensor) -> Tensor:
         """States (R, T, M, H) after each of the inputs (R, T, M, I), from states of zeros."""
         hidden = x.new_zeros(x.shape[0], x.shape[2], self.weight_hh.shape[-1])
-        return torch.stack([hidden := self(step, hidden) for step in x.unbind(1)], dim=1)
+        return torch.stack([hidden := self.step(each, hidden) for each in x.unbind(1)], dim=1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -21,17 +21,23 @@ __all__ = ["GRUCell"]
 
 
 class GRUCell(nn.GRUCell):
-    """`torch.nn.GRUCell` that can also be unrolled.
+    """`torch.nn.GRUCell` that also takes all steps at once.
 
     >>> cell, x = GRUCell(3, 4), torch.randn(5, 7, 3)
-    >>> torch.allclose(cell.unroll(x)[1], cell(x[1], cell(x[0], torch.zeros(7, 4))), atol=1e-6)
+    >>> torch.allclose(cell(x)[1], cell(x[1], cell(x[0], torch.zeros(7, 4))), atol=1e-6)
     True
     """
 
-    def unroll(self, x: Tensor) -> Tensor:
-        """States (T, M, H) after each of the inputs (T, M, I), from a state of zeros."""
-        hidden: Tensor = _Unrolled.apply(x, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # type: ignore[no-untyped-call]
-        return hidden
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """States (M, H) after inputs (M, I), or states (T, M, H) after each of the inputs (T, M, I).
+
+        One call for both, so that whoever reads the network sees one reader of the inputs. All steps start from zeros.
+        """
+        if hidden is not None or x.ndim < 3:
+            after: Tensor = super().forward(x, hidden)
+            return after
+        states: Tensor = _Unrolled.apply(x, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)  # type: ignore[no-untyped-call]
+        return states
 
 
 class _Unrolled(torch.autograd.Function):

@@ -125,12 +125,22 @@ def _check_structures(modules: Sequence[nn.Module]) -> None:
             )
 
 
+def _require_plain(layers: Sequence[nn.Module]) -> None:
+    """What hangs on a layer, as frozen rows do, has no place in its stacked form."""
+    for layer in layers:
+        for name, child in layer.named_children():
+            raise SettingsError(
+                f"asked to stack a {type(layer).__name__}, found {name!r} ({type(child).__name__}) on it: stack "
+                "learners before they are operated on, or after surgery.flatten has made them plain"
+            )
+
+
 def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     """The first of the modules, with stacked layers in place of its own; takes the modules apart."""
     first = modules[0]
     for layer, form in STACKED_FORMS.items():
         if isinstance(first, layer):
-            _require_bare(first)
+            _require_plain(modules)
             return form(modules)
     own = [*first.named_parameters(recurse=False), *first.named_buffers(recurse=False)]
     if own:
@@ -141,12 +151,3 @@ def _stacked(modules: Sequence[nn.Module]) -> nn.Module:
     for name, _ in list(first.named_children()):
         setattr(first, name, _stacked([module.get_submodule(name) for module in modules]))
     return first
-
-
-def _require_bare(layer: nn.Module) -> None:
-    """Refuse a layer that was operated on: its stacked form would be without what hangs in it."""
-    for name, _ in layer.named_children():
-        raise SettingsError(
-            f"asked to stack a {type(layer).__name__}, found a module {name!r} in it, which a stacked layer would be "
-            "without: stack the networks before they are operated on"
-        )

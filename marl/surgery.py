@@ -3,14 +3,14 @@
 Operated on are hidden units: those of the agents' input layers and those of the hypernetworks' ReLU layers. Whatever
 comes from a generated weight onward, and the agents' GRU cell and head, is left alone: a composite unit behind an
 absolute value or a sigmoid could take QMIX its monotonicity and QPLEX its individual-global-max. Target networks get
-the structure, and the same fresh draws, at once. What other methods write, they get with their next update, as in the
-methods' sources.
+the structure, and the same fresh draws, at once. Other methods write what a unit hands on as well, columns of the GRU
+cell's weights say; what they write, targets get with their next update, as in the methods' sources.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
+from marl.recurrence import GRUCell
 from marl.run_settings import BANK_METHODS, LAYER_METHODS, SurgerySettings
 from neuronsurgery import surgery
 
@@ -39,6 +40,8 @@ __all__ = [
     "unit_shares_of_norms",
     "write_fades",
 ]
+
+surgery.declare_consumer(GRUCell, {"weight_ih": "bias_ih"})  # no graph shows it behind a gradient by hand
 
 OPERABLE = {
     "agent": ("agent.encoder.",),
@@ -83,6 +86,13 @@ def operable_sites(learner: Learner, *parts: str) -> surgery.Sites:
     return _of_parts(surgery.discover(learner.online), *parts)
 
 
+@dataclass
+class _NextBatch:
+    """The batch that the next update learns from."""
+
+    episodes: TensorDict = field(default_factory=TensorDict)
+
+
 class Operations:
     """What is operated on in a run, and when.
 
@@ -93,7 +103,7 @@ class Operations:
     """
 
     def __init__(self, learner: Learner, settings: SurgerySettings, *, seed: int) -> None:
-        self._learner, self._batch = learner, TensorDict({})
+        self._learner, self._next = learner, _NextBatch()
         self._schedule: surgery.Schedule | None = None
         if settings.method != "none":
             try:
@@ -114,12 +124,13 @@ class Operations:
         return surgery.Schedule(self._learner.online, self._learner.optimizer, criterion, **options)
 
     def _of_units(self, settings: SurgerySettings) -> dict[str, Any]:
+        batch = self._next  # and not these operations, which what listens to the networks would keep for ever
         options = {
             "look": surgery.Every(1) if settings.look is None else surgery.Last(settings.look),
             "sites": self._sites,
             "cooldown": settings.cooldown,
             "max_share": settings.max_share,
-            "weights": lambda site, _: sample_weights(self._batch, site),
+            "weights": lambda site, _: sample_weights(batch.episodes, site),
         }
         if settings.method in BANK_METHODS:
             options |= {"max_growth": settings.max_growth, "mirrors": self._learner.target}
@@ -136,7 +147,7 @@ class Operations:
             SettingsError: hypernetworks are to be operated on, and all states are zero.
         """
         if self._schedule is not None:
-            self._batch = episodes
+            self._next.episodes = episodes
             if any(site.startswith("mixer.") for site in self._sites):
                 _require_states(episodes)
 

@@ -163,6 +163,9 @@ class Backend(Protocol):
     def consumers(self, model: Any, *, include: Collection[str] = ()) -> Consumers:
         """Which layers read the units of each site."""
 
+    def declare_consumer(self, kind: type, weights: Mapping[str, str | None]) -> None:
+        """By which weights the layers of a class read their input."""
+
     def reset_units(
         self,
         model: Any,

@@ -118,6 +118,7 @@ __all__ = [
     "composites",
     "consolidate",
     "consumers",
+    "declare_consumer",
     "discover",
     "fade_to_fresh",
     "flatten",
@@ -478,6 +479,40 @@ def consumers(model: Any, *, include: Collection[str] = ()) -> Consumers:
     return _backend(model).consumers(model, include=include)
 
 
+def declare_consumer(kind: type, weights: Mapping[str, str | None]) -> None:
+    """Say by which weights the layers of a class read their input, where their forward cannot be followed.
+
+    A recurrent layer with a backward pass of its own is one, or a layer around a compiled kernel. Where no one says so,
+    sites that such a layer reads are declined by methods that write outgoing weights. Nothing checks what is declared:
+    of the first argument of a call, `(..., inputs)`, the layer may use nothing but its products with these weights, and
+    no other of its tensors may have an entry for each input. A class derived from this one is to be declared again.
+
+    Args:
+        kind: a class of `torch.nn.Module`.
+        weights: the names of its parameters that read the input, each `(outputs, inputs)`, with the name of the bias
+            `(outputs,)` that is added to the product, None where there is none.
+
+    Raises:
+        ModelError: no class of `torch.nn.Module`, one whose forward is torch's, or no weights.
+
+    Example:
+        >>> import torch
+        >>> class Fused(torch.nn.GRUCell):
+        ...     def forward(self, x):
+        ...         product = x.detach().numpy() @ self.weight_ih.detach().numpy().T
+        ...         return torch.from_numpy(product) + self.bias_ih
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), Fused(3, 2))
+        >>> consumers(model).declined
+        {'0': "it enters '2' in a way that cannot be followed"}
+        >>> declare_consumer(Fused, {"weight_ih": "bias_ih"})
+        >>> consumers(model).readers
+        {'0': {'2.weight_ih': 1}}
+    """
+    if not isinstance(kind, type) or not _is_of_torch(kind):
+        raise ModelError(f"expected a class of torch.nn.Module, found {kind!r}; pass the class of the layers")
+    _torch_backend().declare_consumer(kind, weights)
+
+
 def discover(model: Any, *, include: Collection[str] = (), example: Any = None) -> Sites:
     """Find the sites of a model, and the reason for every producer that is none.
 
@@ -563,7 +598,8 @@ def probe(
         sites: names of range-bearing producers to measure as well.
         weights: as for `observe`.
 
-    Gradients, buffers, random states and modes are left as they were.
+    Gradients, buffers, random states and modes are left as they were, and an observation or schedule that is open hears
+    nothing of these passes.
 
     Example:
         >>> import torch
@@ -1522,9 +1558,17 @@ def _backend(model: Any) -> Backend:
     Raises:
         ModelError: the model is no torch.nn.Module.
     """
-    if not any(cls.__module__.partition(".")[0] == "torch" for cls in type(model).__mro__):
+    if not _is_of_torch(type(model)):
         found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ModelError(f"expected a torch.nn.Module, found {found}; pass the model itself")
+    return _torch_backend()
+
+
+def _is_of_torch(kind: type) -> bool:
+    return any(cls.__module__.partition(".")[0] == "torch" for cls in kind.__mro__)
+
+
+def _torch_backend() -> Backend:
     import neuronsurgery.pytorch
 
     return cast("Backend", neuronsurgery.pytorch)

@@ -26,6 +26,7 @@ from neuronsurgery.pytorch.passing import past, width_of
 from neuronsurgery.pytorch.places import Place, banks_at
 from neuronsurgery.pytorch.producers import Multiplication, multiplication_at, shape_of
 from neuronsurgery.pytorch.products import Convolution, Linear
+from neuronsurgery.pytorch.readers import Weights, input_weights
 from neuronsurgery.pytorch.reading import Reading
 from neuronsurgery.pytorch.recognition import canonical_name, is_metadata
 from neuronsurgery.pytorch.survey import Survey, modules_around
@@ -125,6 +126,7 @@ class Following:
     found: dict[int, Consumer] = field(default_factory=dict)  # id of a weight -> what reads
     calls: set[fx.Node] = field(default_factory=set)
     entries: dict[int, set[fx.Node]] = field(default_factory=dict)  # id of a module entered -> the calls of it
+    whole: set[int] = field(default_factory=set)  # ids of layers whose class says by what they read, not their graphs
 
     def follow(self, reading: Reading, method: str, use: Use, num_units: int) -> str:
         """Follow one use of the site; "" if all that reads it was found."""
@@ -196,10 +198,10 @@ class Following:
         return is_entrywise and self.is_partner(inputs[0], scope, layout)
 
     def called(self, scope: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
-        path = str(user.target)
-        module = submodule(scope, path)
-        if original_class(module).forward in _RECURRENT_FORWARDS:
-            return self.recurrent(path, module, node, user, layout)
+        module = submodule(scope, str(user.target))
+        path = self.name_of(scope, str(user.target))
+        if (weights := input_weights(module)) is not None:
+            return self.entered_whole(path, module, weights, node, user, layout)
         if original_class(module).forward is nn.MultiheadAttention.forward:
             return self.attended(path, module, node, user, layout)
         reading = self.survey.readings.get(id(module))
@@ -247,7 +249,7 @@ class Following:
 
     def consumed(self, scope: nn.Module, user: fx.Node, call: Multiplication, layout: Layout) -> str:
         """A product with a parameter reads it."""
-        name = self.name_of(scope, call)
+        name = self.name_of(scope, call.producer)
         if isinstance(call.product, str):
             return f"its consumer '{name}' cannot be written: {call.product}"
         if user.op == "call_module" and may_change_input(submodule(scope, call.producer)):
@@ -262,20 +264,26 @@ class Following:
             return f"its consumer '{name}' reads it along another axis than that of its units"
         return self.noted(name, call.weight, axes, call.bias, layout) or self.counted(user)
 
-    def recurrent(self, path: str, module: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
-        """The gates of a recurrent layer read it, through their weights for inputs; both directions do."""
+    def entered_whole(
+        self, path: str, module: nn.Module, weights: Weights, node: fx.Node, user: fx.Node, layout: Layout
+    ) -> str:
+        """A layer reads it by these weights, as its class says, whatever else it does."""
         if user.args[:1] != (node,) or node in user.args[1:] or node in user.kwargs.values() or layout.axis != -1:
             return f"it enters '{path}' otherwise than as its input"
         if may_change_input(module):
             return f"a hook on its consumer '{path}' may change what that reads"
-        names = [name for name in module._parameters if name in _RECURRENT]
-        weights: list[tuple[str, Any, Any]] = [
-            (name, module._parameters[name], module._parameters.get(name.replace("weight", "bias"))) for name in names
-        ]
-        for name, weight, bias in weights:
-            if reason := self.noted(f"{path}.{name}", weight, UnitAxes((1,)), bias, layout):
+        self.whole.add(id(module))
+        return self.noted_all(path, module, weights, layout) or self.counted(user)
+
+    def noted_all(self, path: str, module: nn.Module, weights: Weights, layout: Layout) -> str:
+        for name, bias in weights.items():
+            weight = module._parameters.get(name)
+            if weight is None or weight.dim() != 2:
+                return f"its consumer '{path}' reads by '{name}', which is computed or no parameter (outputs, inputs)"
+            own = None if bias is None else module._parameters.get(bias)
+            if reason := self.noted(f"{path}.{name}", weight, UnitAxes((1,)), own, layout):
                 return reason
-        return self.counted(user)
+        return ""
 
     def attended(self, path: str, module: nn.Module, node: fx.Node, user: fx.Node, layout: Layout) -> str:
         """The projections of an attention layer read it, as query, key or value."""
@@ -285,16 +293,13 @@ class Following:
             return f"it enters '{path}' otherwise than as query, key or value"
         if may_change_input(module):
             return f"a hook on its consumer '{path}' may change what that reads"
-        packed, bias = module._parameters["in_proj_weight"], module._parameters["in_proj_bias"]
-        if packed is not None and len(names) < 3:
+        is_packed = module._parameters.get("q_proj_weight") is None
+        if is_packed and len(names) < 3:
             return f"its consumer '{path}' reads it beside others by columns of one weight: as {', '.join(names)} alone"
-        weights: list[tuple[str, Any, Any]] = [("in_proj_weight", packed, bias)]
-        if packed is None:
-            weights = [(f"{n[0]}_proj_weight", module._parameters[f"{n[0]}_proj_weight"], None) for n in names]
-        for name, weight, own in weights:
-            if reason := self.noted(f"{path}.{name}", weight, UnitAxes((1,)), own, layout):
-                return reason
-        return self.counted(user)
+        weights: Weights = {"in_proj_weight": "in_proj_bias"}
+        if not is_packed:
+            weights = dict.fromkeys(f"{name[0]}_proj_weight" for name in names)
+        return self.noted_all(path, module, weights, layout) or self.counted(user)
 
     def noted(self, name: str, weight: nn.Parameter, axes: UnitAxes, bias: nn.Parameter | None, layout: Layout) -> str:
         settled = layout.settled(axes.num_units(weight.shape))
@@ -326,9 +331,9 @@ class Following:
         self.calls.add(user)
         return ""
 
-    def name_of(self, scope: nn.Module, call: Multiplication) -> str:
+    def name_of(self, scope: nn.Module, path: str) -> str:
         outer = self.survey.names.get(id(scope), "")
-        return f"{outer}.{call.producer}".lstrip(".")
+        return f"{outer}.{path}".lstrip(".")
 
     # -- all of them
 
@@ -346,13 +351,17 @@ class Following:
     def other_inputs(self, consumer: Consumer) -> str:
         """Why the columns of a consumer's weight may serve another input too: it is called again, or read otherwise."""
         survey, weight = self.survey, consumer.weight
-        entries = [entry for entry in survey.by_weight.get(id(weight), ()) if not self.is_inlined(entry[0].scope)]
-        for reading, _, use in entries:
+        entries = [
+            (reading, use)
+            for reading, method, use in survey.by_weight.get(id(weight), ())
+            if not (id(reading.scope) in self.whole and method == "forward") and not self.is_inlined(reading.scope)
+        ]
+        for reading, use in entries:
             if use.node not in self.calls:
                 where = original_class(reading.scope).__name__
                 return f"its consumer '{consumer.name}' is called in {where} with another input too"
         owners = survey.owners[id(weight)]
-        if not entries:  # a recurrent layer: its calls are no products
+        if not entries:  # of a layer that says by what it reads: its calls are no products
             callers = [call for owner, _ in owners for _, call in survey.callers.get(id(owner), ())]
             if any(call not in self.calls for call in callers):
                 return f"its consumer '{consumer.name}' is called with another input too"
@@ -369,17 +378,16 @@ class Following:
             for each in (self.place.weight, weight)
         )
         apart = {id(weight), *(set(around) - set(around_site))}
-        found = (label for _, label, _, target in survey.reaching(apart) if id(target) in apart)
+        found = (
+            label
+            for owner, label, _, target in survey.reaching(apart)
+            if id(target) in apart and not (id(owner) in self.whole and label.endswith(".forward"))
+        )
         return next((f"used by {label}" for label in found), "")
 
 
 MANY = 8
 """In so many ways a value may be reached, as when it is joined with functions of itself."""
-
-_RECURRENT_FORWARDS = {each.forward for each in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)}
-"""What computes gates from inputs by these weights and by nothing else; a subclass may do more."""
-
-_RECURRENT = ("weight_ih_l0", "weight_ih_l0_reverse", "weight_ih")
 
 
 def _layout_of(use: Use, num_units: int) -> Layout | str:

@@ -27,6 +27,7 @@ from neuronsurgery.pytorch.mirrors import check_mirrors, mirror
 from neuronsurgery.pytorch.models import check_model, unwrap
 from neuronsurgery.pytorch.operating import banks_of, next_operation, operate, undo
 from neuronsurgery.pytorch.pooling import pooled
+from neuronsurgery.pytorch.readers import declare_consumer
 from neuronsurgery.pytorch.regularizing import l2, regenerative, spectral
 from neuronsurgery.pytorch.renewing import consumers, reset_units
 from neuronsurgery.pytorch.resetting import reset, reset_optimizer, scale_head, shrink_and_perturb
@@ -52,6 +53,7 @@ __all__ = [
     "consolidate",
     "consumers",
     "continual_backprop",
+    "declare_consumer",
     "discover",
     "flatten",
     "inject",

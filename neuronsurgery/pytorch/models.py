@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.errors import ModelError
+from neuronsurgery.pytorch.taps import unheard
 
 __all__ = ["Replicated", "check_model", "left_alone", "random_states_kept", "run_model", "unwrap", "wrappers_of"]
 
@@ -93,7 +94,10 @@ def run_model(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
-    """Buffers, modes and random states are put back afterwards; gradients and weights are the caller's care."""
+    """Buffers, modes and random states are put back afterwards, and no observation that is open hears of the passes.
+
+    Gradients and weights are the caller's care.
+    """
     buffers = [
         (module._buffers, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -102,7 +106,7 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     ]
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-    with random_states_kept(devices):
+    with random_states_kept(devices), unheard():
         try:
             yield
         finally:

@@ -245,6 +245,48 @@ def _permuted(call: Call, layout: Layout) -> Layout | str:
     return layout.permuted(order)
 
 
+def _rearranged(call: Call, layout: Layout) -> Layout | str:
+    """einops: the axis of the units may move, and others may be merged into it."""
+    pattern = call.given(1, "pattern")
+    if not isinstance(pattern, str) or pattern.count("->") != 1 or call.node.args[:1] != (call.value,):
+        return "how it is rearranged is not known"
+    before, after = (axes_of_pattern(side) for side in pattern.split("->"))
+    axis = layout.axis + len(before)
+    has_other_axes = ["..."] not in before and layout.num_axes not in (None, len(before))
+    if axis < 0 or ["..."] in before[axis:] or before[axis] == ["1"] or has_other_axes:
+        return f"which of the axes of '{pattern}' is that of its units is not known"
+    own, *parts = before[axis]
+    place = next((place for place, names in enumerate(after) if own in names), None)
+    if parts or place is None or ["..."] in after[place:]:
+        return f"where '{pattern}' leaves its units cannot be followed"
+    if axis > 0 and before[0][0] in after[place]:
+        return "it is flattened together with the batch"
+    num_axes = None if ["..."] in after else len(after)
+    is_fixed = layout.is_fixed or own in call.node.kwargs
+    at = after[place].index(own)
+    layout = replace(layout, num_axes=num_axes, axis=place - len(after), is_fixed=is_fixed)
+    return layout.merged(at > 0, at < len(after[place]) - 1)
+
+
+def axes_of_pattern(side: str) -> list[list[str]]:
+    """One side of a pattern of einops, axis by axis, each with the names that it is made of, axes of one entry apart.
+
+    >>> axes_of_pattern("... (b n) h 1")
+    [['...'], ['b', 'n'], ['h'], ['1']]
+    """
+    found: list[list[str]] = []
+    is_open = False
+    for token in side.replace("(", " ( ").replace(")", " ) ").split():
+        if token in "()":
+            is_open = token == "("
+            found += [[]] if is_open else []
+        elif is_open:
+            found[-1] += [] if token == "1" else [token]
+        else:
+            found.append([token])
+    return [names or ["1"] for names in found]
+
+
 def _transposed(call: Call, layout: Layout) -> Layout | str:
     axes = _items(call.arguments)
     if len(axes) != 2 or not all(isinstance(axis, int) for axis in axes):
@@ -304,6 +346,7 @@ _FUNCTIONS: tuple[tuple[frozenset[str], Callable[[Call, Layout], Layout | str]],
     (frozenset({"cat", "concat", "concatenate"}), _joined),
     (frozenset(_REDUCED), _reduced),
     (frozenset({"permute"}), _permuted),
+    (frozenset({"rearrange"}), _rearranged),
     (frozenset({"transpose", "swapaxes", "swapdims"}), _transposed),
     (frozenset({"squeeze", "unsqueeze"}), _squeezed),
     (frozenset({"getitem"}), _taken),

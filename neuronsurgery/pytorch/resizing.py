@@ -65,7 +65,8 @@ def said(
 ) -> Iterator[Change]:
     """The changes of the attributes in which the modules that own a tensor say its size as well."""
     for owner, _ in owners[id(tensor)]:
-        for name in _SIZES[role]:
+        is_cell = role == "consumer" and isinstance(owner, nn.RNNCellBase)
+        for name in (*_SIZES[role], "input_size") if is_cell else _SIZES[role]:  # others mean other sizes by it
             if isinstance(vars(owner).get(name), int):
                 yield SetItem(vars(owner), name, size)
 

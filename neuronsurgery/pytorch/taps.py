@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Sink", "is_observed", "listening", "observed_weight", "offset_of", "tap", "tap_producer"]
+__all__ = ["Sink", "is_observed", "listening", "observed_weight", "offset_of", "tap", "tap_producer", "unheard"]
 
 
 class Sink(Protocol):
@@ -29,6 +29,7 @@ class Sink(Protocol):
 
 
 _SINKS: dict[int, tuple[Sink, ...]] = {}
+_MUTED: dict[int, Sink] = {}
 _STAND_INS: dict[int, Callable[[], object]] = {}
 _NONE: Mapping[int, Callable[[], object]] = MappingProxyType({})
 
@@ -37,7 +38,8 @@ _NONE: Mapping[int, Callable[[], object]] = MappingProxyType({})
 def tap(weight: nn.Parameter, h: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     """Show the activations of the site with this weight to its listeners, if there are any, and pass them on."""
     for sink in _SINKS.get(_key(weight), ()):
-        sink.record(h, axes)
+        if id(sink) not in _MUTED:
+            sink.record(h, axes)
     return h
 
 
@@ -100,3 +102,15 @@ def listening(sinks: Mapping[int, Sink], stand_ins: Mapping[int, Callable[[], ob
             else:
                 _SINKS.pop(key, None)
                 _STAND_INS.pop(key, None)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Let those who listen now hear nothing of passes that are no training; who begins in here does hear."""
+    muted = {id(sink): sink for sinks in _SINKS.values() for sink in sinks if id(sink) not in _MUTED}
+    _MUTED.update(muted)
+    try:
+        yield
+    finally:
+        for key in muted:
+            del _MUTED[key]

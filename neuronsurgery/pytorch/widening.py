@@ -106,7 +106,7 @@ def _why_fixed(consumer: Consumer, owners: Owners) -> str:
         return f"what it passes on the way to '{consumer.name}' has numbers of its own for each unit"
     if consumer.layout.is_fixed:
         return f"the code on the way to '{consumer.name}' says how many entries there are"
-    if len(consumer.axes.axes) > 1 or isinstance(owner, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+    if len(consumer.axes.axes) > 1 or isinstance(owner, nn.RNNBase | nn.MultiheadAttention):
         return f"its consumer '{consumer.name}' ({type(owner).__name__}) has other tensors that depend on its inputs"
     return ""
 

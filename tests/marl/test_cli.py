@@ -166,11 +166,15 @@ def test_the_other_documented_commands_are_understood(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    commands = {line for line in documented() if not line.startswith("train")}
+    folders = {command.split()[1] for command in commands}
+    assert folders == {"results/qmix-predator_prey_tiny-knife-0", "results/five"}
     Path("results").mkdir()
     Path("results/qmix-predator_prey_tiny-knife-0").symlink_to(trained)
-    commands = {line for line in documented() if not line.startswith("train")}
+    games = ("--algorithm", "qmix", "--tasks", "matrix_game:knife,qtran")
+    assert marl("train", *games, "--steps", "8", "--output", "results/five").exit_code == 0
     assert {command.partition(" ")[0] for command in commands} == {"evaluate", "play"}
-    assert {marl(*command.split()).exit_code for command in commands} == {0}
+    assert {command: marl(*command.split()).exit_code for command in commands} == dict.fromkeys(commands, 0)
 
 
 GAME = ("--algorithm", "qmix", "--environment", "predator_prey_tiny")

@@ -31,7 +31,7 @@ def gradients(hidden: Tensor, x: Tensor, cell: nn.GRUCell, upstream: Tensor) -> 
 def test_unrolled_cell_has_the_states_and_the_gradients_of_torchs_own() -> None:
     cell, x = GRUCell(NUM_INPUTS, H).double(), torch.randn(T, M, NUM_INPUTS).double().requires_grad_()
     upstream = torch.randn(T, M, H).double()
-    found, expected = cell.unroll(x), step_by_step(cell, x)
+    found, expected = cell(x), step_by_step(cell, x)
     assert (found - expected).abs().max() <= 1e-14
     pairs = zip(gradients(found, x, cell, upstream), gradients(expected, x, cell, upstream), strict=True)
     for mine, theirs in pairs:
@@ -42,26 +42,26 @@ def test_unrolled_cell_has_the_states_and_the_gradients_of_torchs_own() -> None:
 @pytest.mark.usefixtures("stretch")
 def test_gradient_of_the_unrolled_cell_is_that_of_differences() -> None:
     cell, x = GRUCell(NUM_INPUTS, H).double(), torch.randn(T, 2, NUM_INPUTS).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, *_: cell.unroll(x), (x, *cell.parameters()))
+    assert torch.autograd.gradcheck(lambda x, *_: cell(x), (x, *cell.parameters()))
 
 
 @pytest.mark.usefixtures("stretch")
 def test_states_are_the_same_without_gradients() -> None:
     cell, x = GRUCell(NUM_INPUTS, H), torch.randn(T, M, NUM_INPUTS)
     with torch.no_grad():
-        assert torch.equal(cell.unroll(x), cell.unroll(x.clone().requires_grad_()))
+        assert torch.equal(cell(x), cell(x.clone().requires_grad_()))
 
 
 def test_inputs_without_gradient_get_none_and_weights_get_theirs() -> None:
     cell, x = GRUCell(NUM_INPUTS, H), torch.randn(T, M, NUM_INPUTS)
-    cell.unroll(x).sum().backward()
+    cell(x).sum().backward()
     assert x.grad is None
     assert all(parameter.grad is not None for parameter in cell.parameters())
 
 
 def test_a_second_backward_pass_finds_what_the_first_did() -> None:
     cell, x = GRUCell(NUM_INPUTS, H).double(), torch.randn(T, M, NUM_INPUTS).double().requires_grad_()
-    hidden = cell.unroll(x).square().sum()
+    hidden = cell(x).square().sum()
     first = torch.autograd.grad(hidden, [x, *cell.parameters()], retain_graph=True)
     second = torch.autograd.grad(hidden, [x, *cell.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
@@ -70,4 +70,4 @@ def test_a_second_backward_pass_finds_what_the_first_did() -> None:
 def test_inputs_of_one_row_and_those_that_are_no_block_of_memory_are_taken() -> None:
     cell = GRUCell(NUM_INPUTS, H).double()
     for x in (torch.randn(T, 1, NUM_INPUTS).double(), torch.randn(M, T, NUM_INPUTS).double().transpose(0, 1)):
-        assert (cell.unroll(x) - step_by_step(cell, x)).abs().max() <= 1e-14
+        assert (cell(x) - step_by_step(cell, x)).abs().max() <= 1e-14

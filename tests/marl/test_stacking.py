@@ -9,6 +9,7 @@ from torch import nn
 from marl.errors import SettingsError
 from marl.layers import GroupedLinear
 from marl.stacking import load_module, stack_modules
+from neuronsurgery import surgery
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: GroupedLinear(2, 3, 4)])
@@ -50,6 +51,14 @@ def test_the_modules_stacked_stay_as_they_are() -> None:
     assert all(type(seed[0]) is nn.Linear and seed[0].weight.abs().max() > 0 for seed in seeds)
     load_module(seeds[0], stacked, seed=0)
     assert seeds[0].get_parameter("0.weight").abs().max() == 0
+
+
+def test_layers_with_frozen_rows_are_refused() -> None:
+    seeds = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2)]
+    for seed in seeds:
+        surgery.knife(seed, surgery.Units({"0": [1]}))
+    with pytest.raises(SettingsError, match=r"found 'composite' .* on it: stack learners before"):
+        stack_modules(seeds)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +28,7 @@ from marl.settings import (
     preset,
 )
 from marl.surgery import Operations, load_learner, operable_sites, unit_shares
-from marl.training import train
+from marl.training import Silent, train
 from neuronsurgery import surgery
 from neuronsurgery.pytorch.composites import Composite
 from tests.marl.batches import made_up_episodes, new_learner
@@ -231,20 +233,64 @@ def test_a_state_of_zeros_is_refused_for_hypernetworks_with_the_remedy() -> None
     train(make_run(short))
 
 
+@pytest.mark.parametrize("criterion", ["stagnant", "dormant"])
+def test_operations_that_are_dropped_are_gone_though_activations_were_observed(criterion: str) -> None:
+    learner = small_learner()
+    operating = operations(learner, criterion=criterion)
+    learn(learner, operating, 1)
+    dropped = weakref.ref(operating)
+    del operating
+    gc.collect()
+    assert dropped() is None
+
+
+@pytest.mark.parametrize("part", ["agent", "mixer"])
 @pytest.mark.parametrize("method", ["redo", "regrama", "reborn"])
-def test_methods_that_write_outgoing_weights_operate_on_hypernetworks(method: str) -> None:
+def test_methods_that_write_outgoing_weights_operate_on_agents_and_hypernetworks(method: str, part: Any) -> None:
     learner = small_learner()
     before = {name: value.clone() for name, value in learner.target.state_dict().items()}
     criterion = {"redo": "dormant", "regrama": "grama", "reborn": "dormant"}[method]
-    (report,) = learn(learner, operations(learner, method=method, criterion=criterion, threshold=0.9), 3)
-    assert report.num_units and set(report.operated) <= set(QMIX_MIXER)
+    settings = {"method": method, "criterion": criterion, "threshold": 0.9, "parts": (part,)}
+    (report,) = learn(learner, operations(learner, **settings), 3)
+    assert report.num_units and set(report.operated) <= set({"agent": AGENT, "mixer": QMIX_MIXER}[part])
     assert surgery.composites(learner.online).num_units == 0
     assert all(torch.equal(value, before[name]) for name, value in learner.target.state_dict().items())
+    if part == "agent" and method != "reborn":
+        columns = learner.online.get_parameter("agent.cell.weight_ih")[:, report.operated["agent.encoder.0"]]
+        assert not columns.any()
+
+
+@pytest.mark.parametrize("environment", ["matrix_game", "predator_prey_tiny"])
+@pytest.mark.parametrize("algorithm", ["vdn", "qmix"])
+def test_redo_operates_on_the_agents_of_a_run(algorithm: Algorithm, environment: str) -> None:
+    settings = run_settings(algorithm, environment)
+    redo = SurgerySettings("redo", criterion="dormant", threshold=0.5, parts=("agent",), every=2)
+    num_steps = {"matrix_game": 40, "predator_prey_tiny": 1700}[environment]
+    short = replace(settings.training, num_steps=num_steps, evaluate_every=10_000)
+    run = make_run(replace(settings, surgery=redo, training=short))
+    operations = Operated()
+    train(run, operations)
+    assert operations.units and all(set(report) == {"agent.encoder.0"} for report in operations.units)
+
+
+class Operated(Silent):
+    def __init__(self) -> None:
+        self.units: list[Any] = []
+
+    def on_operation(self, run: Any, report: Any) -> None:
+        self.units += [report.operated] if report.operated else []
 
 
 def test_a_method_without_known_consumers_is_refused_with_the_reason() -> None:
+    learner = small_learner("qplex")
+    consumers = surgery.consumers(learner.online)
+    assert "agent.encoder.0" in consumers.readers and set(consumers.declined) == {
+        f"mixer.attention.{net}.0" for net in ("keys", "agents", "actions")
+    }
+    hooked = small_learner()
+    hooked.online.agent.cell.register_forward_pre_hook(lambda _, args: (args[0].flip(-1), *args[1:]))  # type: ignore[union-attr]
     with pytest.raises(SettingsError, match=r"redo writes the outgoing weights .*agent.encoder.0: .*or knife"):
-        operations(small_learner(), method="redo", criterion="dormant", parts=("agent",))
+        operations(hooked, method="redo", criterion="dormant", parts=("agent",))
 
 
 @pytest.mark.parametrize("method", ["reset", "shrink_and_perturb", "reset_optimizer"])

@@ -6,9 +6,10 @@ on the unit, and with any other unit's columns zero it does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from neuronsurgery import surgery
 from neuronsurgery.errors import SiteError
-from neuronsurgery.pytorch.consuming import consumers_of
+from neuronsurgery.pytorch.consuming import Consumer, consumers_of
 from neuronsurgery.pytorch.layouts import Layout
 from neuronsurgery.pytorch.sites import explored
 
@@ -276,33 +277,38 @@ def test_the_columns_found_are_all_that_reads_a_unit_and_no_other_units(name: st
     x = torch.randn(shape)
     for site in expected:
         model = make().double().eval()
-        unit, other = 1, 0
-        discovery, survey = explored(model)
-        place = discovery.places[site]
-        readers = consumers_of(survey, place)
-        assert not isinstance(readers, str)
-        silence(readers, unit)
+        silence(readers_of(model, site), unit=1)
         before = model(x.double())
-        with torch.no_grad():
-            place.slots[0].tensor.copy_(louder(place, unit))  # type: ignore[union-attr]
-        assert torch.equal(model(x.double()), before), site
-        with torch.no_grad():
-            place.slots[0].tensor.copy_(louder(place, other))  # type: ignore[union-attr]
-        assert not torch.allclose(model(x.double()), before), site
+        with with_louder(model, site, unit=1):
+            assert torch.equal(model(x.double()), before), site
+        with with_louder(model, site, unit=0):
+            assert not torch.allclose(model(x.double()), before), site
 
 
-def silence(readers: Any, unit: int) -> None:
+def readers_of(model: nn.Module, site: str) -> tuple[Consumer, ...]:
+    discovery, survey = explored(model)
+    readers = consumers_of(survey, discovery.places[site])
+    assert not isinstance(readers, str)
+    return readers
+
+
+@contextlib.contextmanager
+def with_louder(model: nn.Module, site: str, *, unit: int) -> Iterator[None]:
+    """A unit with other incoming weights."""
+    place = explored(model)[0].places[site]
+    axes, kept, units = place.product.axes, place.weight.detach().clone(), torch.tensor([unit])
+    with torch.no_grad():
+        axes.put(place.weight, units, 3 - axes.take(kept, units))
+    yield
+    with torch.no_grad():
+        place.weight.copy_(kept)
+
+
+def silence(readers: tuple[Consumer, ...], unit: int) -> None:
     for consumer in readers:
         columns = consumer.of(torch.tensor([unit]))
         with torch.no_grad():
             consumer.axes.put(consumer.weight, columns, torch.zeros_like(consumer.axes.take(consumer.weight, columns)))
-
-
-def louder(place: Any, unit: int) -> Tensor:
-    weight: Tensor = place.weight.detach().clone()
-    axes, units = place.product.axes, torch.tensor([unit])
-    axes.put(weight, units, 3 - axes.take(weight, units))
-    return weight
 
 
 # -- what is declined ------------------------------------------------------------------------------------------------

@@ -158,6 +158,27 @@ def test_evaluations_and_copies_do_not_enter_what_is_measured():
         assert schedule._watch.evidence.num_samples("0", surgery.Quantity.ACTIVATION) == 2 * 8
 
 
+@pytest.mark.situation(WRAPPERS, "a probe or an example in the middle of an observation", "works")
+def test_passes_of_a_probe_or_an_example_do_not_enter_what_is_measured() -> None:
+    torch.manual_seed(0)
+    model, asked = network(), []
+    optimizer = Adam(model.parameters())
+
+    def counted(site: str, h: Tensor) -> None:
+        asked.append(len(h))
+
+    with surgery.Schedule(model, optimizer, "dormant", operate=Every(10), weights=counted) as schedule:
+        train(model, optimizer, schedule, 2)
+        probed = surgery.probe(model, [torch.randn(50, 4)], loss_of)
+        with surgery.observe(model) as inner:
+            surgery.discover(model, example=torch.randn(60, 4))
+            loss_of(model, torch.randn(70, 4)).backward()
+        assert schedule._watch.evidence.num_samples("0", surgery.Quantity.ACTIVATION) == 2 * 8 + 70
+        assert set(asked) == {8, 70}
+        assert probed.num_samples("0", surgery.Quantity.ACTIVATION) == 50
+        assert inner.num_samples("0", surgery.Quantity.ACTIVATION) == 70
+
+
 def test_a_schedule_changes_no_training_until_it_operates():
     plain, scheduled = network(), network()
     scheduled.load_state_dict(plain.state_dict())
