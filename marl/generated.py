@@ -26,8 +26,15 @@ def all_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
     >>> NAME in all_shares(run.learner, collect(run.environment, run.agent, epsilon=1.0, seed=0))
     True
     """
-    shares, generated = unit_shares(learner, episodes), generated_stagnant_share(learner, episodes)
-    return shares if generated is None else {**shares, NAME: float(generated)}
+    found: list[Tensor | None] = []
+
+    def loss_of(batch: TensorDict) -> Tensor:
+        loss, share = _loss_and_share(learner, batch)
+        found.append(share)
+        return loss
+
+    shares = unit_shares(learner, episodes, loss_of)
+    return shares if found[0] is None else {**shares, NAME: float(found[0])}
 
 
 def generated_stagnant_share(learner: Learner, episodes: TensorDict) -> Tensor | None:
@@ -36,19 +43,24 @@ def generated_stagnant_share(learner: Learner, episodes: TensorDict) -> Tensor |
     A unit's weights are those that its hypernetwork generates for it, one for each agent, in all steps that happened.
     The learner is left as it was.
     """
+    return _loss_and_share(learner, episodes)[1]
+
+
+def _loss_and_share(learner: Learner, episodes: TensorDict) -> tuple[Tensor, Tensor | None]:
+    """The loss to learn from, not yet differentiated, and that share."""
     mixer = learner.online.mixer
     if not isinstance(mixer, QMIX):
-        return None
+        return learner.estimate(episodes).loss.sum(), None
     found: list[Tensor] = []
     handle = mixer.w1.register_forward_hook(lambda _, inputs, output: found.append(output))
     try:
-        loss = learner.estimate(episodes).loss
+        loss = learner.estimate(episodes).loss.sum()
     finally:
         handle.remove()
     (generated,) = found
-    (gradient,) = torch.autograd.grad(loss.sum(), generated)
+    (gradient,) = torch.autograd.grad(loss, generated, retain_graph=True)
     values = torch.stack([generated.detach(), gradient]) * episodes["mask"].unsqueeze(-1)
     weight_norms, gradient_norms = rearrange(values, "k ... b t (n e) -> k ... e (b t n)", n=mixer.num_agents).norm(
         dim=-1
     )
-    return stagnant_share(weight_norms, gradient_norms)
+    return loss, stagnant_share(weight_norms, gradient_norms)

@@ -379,12 +379,15 @@ def reset_optimizer(learner: Learner) -> None:
     surgery.reset_optimizer(learner.online, optimizer=learner.optimizer)
 
 
-def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
+def unit_shares(
+    learner: Learner, episodes: TensorDict, loss_of: Callable[[TensorDict], Tensor] | None = None
+) -> dict[str, float]:
     """Shares of hidden units in each condition, measured on a batch of episodes; the learner is left as it was.
 
     Named `agent/stagnant`, `mixer/dead` and so on. With a constant state half of a hypernetwork's ReLUs are off from
     the start, so these say little without those at initialization beside them; where a unit's weights are near zero
-    beside its bias, `stagnant_with_bias` is the one to look at.
+    beside its bias, `stagnant_with_bias` is the one to look at. `loss_of` is called once with the episodes, for the
+    loss to differentiate; by default the learner's.
 
     >>> from marl.rollout import collect
     >>> from marl.run import make_run
@@ -396,7 +399,7 @@ def unit_shares(learner: Learner, episodes: TensorDict) -> dict[str, float]:
     evidence = surgery.probe(
         learner.online,
         [episodes],
-        lambda _, batch: learner.estimate(batch).loss.sum(),
+        lambda _, batch: learner.estimate(batch).loss.sum() if loss_of is None else loss_of(batch),
         weights=lambda site, _: sample_weights(episodes, site),
     )
     selections = {

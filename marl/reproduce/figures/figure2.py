@@ -16,7 +16,7 @@ SHOWN = ("none", "optimizer reset", FRESH, "KNIFE, the paper's reading")
 
 def panels(asked: Asked, files: Results) -> Sequence[Panel]:
     """The sequence of battles, relative to fresh networks; its runs are figure 6's."""
-    arms = arms_of_drift(BATTLES, asked)
+    arms = arms_of_drift(BATTLES, asked).arms
     absolute, units, *others = measures_of_drift()
     relative = Measure("return / fresh, later tasks", absolute.of, relative_to=FRESH, curve=absolute.curve)
     panel = Panel(

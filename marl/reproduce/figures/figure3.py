@@ -16,8 +16,8 @@ PLACES = {"agents": "agent/stagnant", "hypernetworks": "mixer/stagnant", "mixing
 
 def panels(asked: Asked, files: Results) -> Sequence[Panel]:
     """Shares at the end of training, and what they have grown by since before the first update."""
-    runs = {games.name: arms_of_drift(games, asked)["none"] for games in DRIFTS}
-    runs |= {games.name: arms_of_stationary(games, asked)["none"] for games in STATIONARY}
+    runs = {games.name: arms_of_drift(games, asked).arms["none"] for games in DRIFTS}
+    runs |= {games.name: arms_of_stationary(games, asked).arms["none"] for games in STATIONARY}
     num_seeds = {games.name: games.num_seeds[asked.scale] for games in (*DRIFTS, *STATIONARY)}
     grown = [Measure(place, _of(f"{name}_grown"), curve=name) for place, name in PLACES.items()]
     at_end = [Measure(place, _of(name), curve=name) for place, name in PLACES.items()]

@@ -18,7 +18,9 @@ PARTS = {"agent": "agents", "mixer": "hypernetworks"}
 def panels(asked: Asked, files: Results) -> Sequence[Panel]:
     """A panel for each part of the networks, with all games."""
     games: tuple[Games, ...] = (*STATIONARY, *DRIFTS)
-    runs = {each.name: (arms_of_drift if each in DRIFTS else arms_of_stationary)(each, asked)["none"] for each in games}
+    runs = {
+        each.name: (arms_of_drift if each in DRIFTS else arms_of_stationary)(each, asked).arms["none"] for each in games
+    }
     num_seeds = {each.name: each.num_seeds[asked.scale] for each in games}
     return [
         Panel(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from marl.reproduce.figures.figure import Asked, Figure, Panel
+from marl.reproduce.figures.figure import Asked, Figure, Measure, Panel
 from marl.reproduce.results import Results
 from marl.reproduce.training.arms import (
     DRIFTS,
     STATIONARY,
+    Compared,
+    Games,
     arms_of_drift,
     arms_of_stationary,
     measures_of_drift,
@@ -22,31 +24,32 @@ NOT_TUNED = "Nothing was tuned: learner and methods have the settings of their s
 
 def panels(asked: Asked, files: Results) -> Sequence[Panel]:
     """A panel for each sequence of tasks, and for each game alone."""
-    drifting = [
-        Panel(
-            games.name,
-            arms := arms_of_drift(games, asked),
-            measures_of_drift(),
-            {},
-            (NOT_TUNED,),
-            num_seeds=dict.fromkeys(arms, games.num_seeds[asked.scale]),
-            unit_of_time="steps",
-        )
-        for games in DRIFTS
-    ]
+    drifting = [_panel(games.name, games, asked, arms_of_drift, measures_of_drift()) for games in DRIFTS]
     alone = [
-        Panel(
-            f"{games.name} alone",
-            arms := arms_of_stationary(games, asked),
-            measures_of_stationary(),
-            {},
-            (NOT_TUNED,),
-            num_seeds=dict.fromkeys(arms, games.num_seeds[asked.scale]),
-            unit_of_time="steps",
-        )
+        _panel(f"{games.name} alone", games, asked, arms_of_stationary, measures_of_stationary())
         for games in STATIONARY
     ]
     return [*drifting, *alone]
+
+
+def _panel(
+    name: str,
+    games: Games,
+    asked: Asked,
+    arms_of: Callable[[Games, Asked], Compared],
+    measures: Sequence[Measure],
+) -> Panel:
+    compared = arms_of(games, asked)
+    num_seeds = dict.fromkeys(compared.arms, games.num_seeds[asked.scale])
+    return Panel(
+        name,
+        compared.arms,
+        measures,
+        compared.missing,
+        (NOT_TUNED,),
+        num_seeds=num_seeds,
+        unit_of_time="steps",
+    )
 
 
 FIGURE6 = Figure("figure6", "KNIFE does better than its rivals under task drift, and no worse without.", panels)

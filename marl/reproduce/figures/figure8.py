@@ -20,7 +20,9 @@ ARMS = (
 
 
 def panels(asked: Asked, files: Results) -> list[Panel]:
-    """Each mixer on the literal tasks and on contextual ones; at the largest scale with memory and with epsilon too."""
+    """Each mixer on the literal tasks and on contextual ones, at `small` VDN on the literal ones alone; at the largest
+    scale with memory and with epsilon too.
+    """
     variants: dict[str, dict[str, str]] = {"": {}}
     if asked.scale == "paper":
         variants |= {", GRU": {"agent": "recurrent"}, ", epsilon-greedy": {"exploration": "epsilon"}}
@@ -28,6 +30,7 @@ def panels(asked: Asked, files: Results) -> list[Panel]:
         _fewer(compared(f"{algorithm}, {tasks.name}{name}", asked, tasks, files, algorithm=algorithm, **learner))
         for algorithm in ALGORITHMS
         for tasks in (tasks_of(asked, "literal"), tasks_of(asked, "contextual"))
+        if algorithm != "vdn" or asked.scale != "small" or tasks.kind == "literal"  # for time
         for name, learner in variants.items()
     ]
 

@@ -8,7 +8,7 @@ the place of battles, which need JAX.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from marl.reproduce.figures.arms import FRESH, ONE_IN_TWENTY
@@ -20,6 +20,7 @@ __all__ = [
     "DRIFTS",
     "HUNTS",
     "STATIONARY",
+    "Compared",
     "Games",
     "arms_of_drift",
     "arms_of_stationary",
@@ -30,6 +31,8 @@ __all__ = [
 
 Intervention = tuple[str, ...]
 """Settings, as `--set` takes them."""
+
+KNIFE, RANDOM = "KNIFE, the paper's reading", "KNIFE, a tenth at random"
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Games:
     """Steps of the environment in each task."""
     num_seeds: Mapping[Scale, int]
     """Seeds that are reported unless another number is asked for."""
-    unit_of_return: str = ""
-    """What a return is, if that is not plain."""
+    few: Mapping[Scale, tuple[str, ...]] = field(default_factory=dict)
+    """The arms that are run at a scale where not all are."""
 
     def run(self, asked: Asked, intervention: Intervention = ()) -> TrainingRun:
         """A run of them at a scale."""
@@ -56,6 +59,24 @@ class Games:
         steps = self.num_steps[asked.scale]
         lengths = (f"training.num_steps={steps}", f"learning.exploration.num_steps={steps // 3}")
         return TrainingRun(self.name, (f"tasks={self.tasks}", *self.learner, *lengths), intervention)
+
+    def compared(self, asked: Asked, every: Mapping[str, Intervention]) -> Compared:
+        """Of all that can be done what is done at a scale, and what is not."""
+        kept = self.few.get(asked.scale, tuple(every))
+        return Compared(
+            {name: self.run(asked, every[name]) for name in every if name in kept},
+            {name: "left out at this scale, for time" for name in every if name not in kept},
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What is compared on some games."""
+
+    arms: Mapping[str, TrainingRun]
+    """By name, in the order of the table."""
+    missing: Mapping[str, str]
+    """Those that are not run, and why."""
 
 
 def _listed(environment: str, games: Mapping[str, Mapping[str, object]]) -> str:
@@ -108,16 +129,18 @@ BATTLES = Games(
     "battles of three races",
     _and_back(RACES, "smax"),
     BATTLE_LEARNER,
-    {"small": 50_000, "paper": PAPER_STEPS},
+    {"small": 25_000, "paper": PAPER_STEPS},
     {"smoke": 2, "small": 3, "paper": 5},
+    {"small": ("none", "optimizer reset", FRESH, KNIFE, "ReDo")},
 )
-"""Five against five on SMAX, each race once and the first again, for a quarter of what one was learned with."""
+"""Five against five on SMAX, each race once and the first again; at `small` an eighth of what one was learned with."""
 HUNTS = Games(
     "hunts that cost more and more",
     _and_back(COSTS, "predator_prey_tiny"),
     HUNT_LEARNER,
-    {"small": 20_000, "paper": 250_000},
+    {"small": 10_000, "paper": 250_000},
     {"smoke": 2, "small": 5, "paper": 30},
+    {"small": ("none", "optimizer reset", "head reset", FRESH, KNIFE, RANDOM, "ReDo", "ReBorn")},
 )
 """Predator-prey on a small grid: what a catch by too few costs grows, and is nothing again."""
 DRIFTS: tuple[Games, ...] = (BATTLES, HUNTS)
@@ -127,8 +150,9 @@ STATIONARY: tuple[Games, ...] = tuple(
         name,
         _listed("smax", {name: {"scenario": name}}),
         BATTLE_LEARNER,
-        {"small": 200_000, "paper": PAPER_STEPS},
+        {"small": 100_000, "paper": PAPER_STEPS},
         {"smoke": 2, "small": 3, "paper": 5},
+        {"small": ("none", "optimizer reset", KNIFE)},
     )
     for name in ("5gen_protoss", "3s_vs_5z")
 )
@@ -141,15 +165,17 @@ AT_SWITCHES = ("surgery.every=null", "surgery.after_task_change=0")
 UNITS_AT_SWITCHES = ("surgery.every=null", "surgery.after_task_change=50")
 """On the evidence of a task's first updates, as in the sequences of matrix games."""
 FROM_TIME_TO_TIME = ("surgery.every=200",)
-"""Where there are no tasks: the paper says a period and not which; four to five operations in a run at `small`."""
+"""Where there are no tasks: the paper says a period and not which; three operations in a run at `small`."""
 AS_MANY = 0.1
 """The share of units that are taken at random: about as many as are stagnant."""
 
 UNITS: Mapping[str, Intervention] = {
-    "KNIFE, the paper's reading": ("surgery.method=knife", "surgery.criterion=stagnant"),
+    KNIFE: ("surgery.method=knife", "surgery.criterion=stagnant"),
     "KNIFE, retired": ("surgery.method=knife", "surgery.criterion=stagnant", "surgery.retire=50"),
-    "KNIFE, a tenth at random": ("surgery.method=knife", "surgery.criterion=random", f"surgery.threshold={AS_MANY}"),
-    "ReDo": ("surgery.method=redo", "surgery.criterion=dormant", "surgery.threshold=0.1", "surgery.parts=[mixer]"),
+    RANDOM: ("surgery.method=knife", "surgery.criterion=random", f"surgery.threshold={AS_MANY}"),
+    "ReDo": ("surgery.method=redo", "surgery.criterion=dormant", "surgery.threshold=0.1"),
+    "ReGraMa": ("surgery.method=redo", "surgery.criterion=grama", "surgery.threshold=0.1"),
+    "ReBorn": ("surgery.method=reborn", "surgery.criterion=dormant", "surgery.threshold=0.1"),
     "fade to fresh, agents": (
         *("surgery.method=fade_to_fresh", "surgery.criterion=all", "surgery.parts=[agent]", "surgery.retire=50"),
     ),
@@ -157,7 +183,7 @@ UNITS: Mapping[str, Intervention] = {
 HEAD_RESET = ("surgery.method=reset", "surgery.layers=[agent.head]")
 
 
-def arms_of_drift(games: Games, asked: Asked) -> dict[str, TrainingRun]:
+def arms_of_drift(games: Games, asked: Asked) -> Compared:
     """Controls and methods where tasks follow each other; what is done is done once in each task but the first."""
     at_switches: dict[str, Intervention] = {
         "none": (),
@@ -166,18 +192,19 @@ def arms_of_drift(games: Games, asked: Asked) -> dict[str, TrainingRun]:
         FRESH: ("surgery.method=reset", "surgery.layers=[agent, mixer]", *AT_SWITCHES),
     }
     units = {name: (*settings, *_scaled(asked, UNITS_AT_SWITCHES)) for name, settings in UNITS.items()}
-    return {name: games.run(asked, each) for name, each in {**at_switches, **units}.items()}
+    return games.compared(asked, {**at_switches, **units})
 
 
-def arms_of_stationary(games: Games, asked: Asked) -> dict[str, TrainingRun]:
+def arms_of_stationary(games: Games, asked: Asked) -> Compared:
     """The same from time to time where there is one task; without resets of all that was learned."""
     resets: dict[str, Intervention] = {
         "none": (),
         "optimizer reset": ("surgery.method=reset_optimizer",),
     }
     every = _scaled(asked, FROM_TIME_TO_TIME)
-    arms = {name: (*settings, *every) if settings else () for name, settings in {**resets, **UNITS}.items()}
-    return {name: games.run(asked, each) for name, each in arms.items()}
+    return games.compared(
+        asked, {name: (*settings, *every) if settings else () for name, settings in {**resets, **UNITS}.items()}
+    )
 
 
 def _scaled(asked: Asked, when: Intervention) -> Intervention:

@@ -33,7 +33,7 @@ def test_every_arm_is_a_run_that_can_be_configured(asked: Asked) -> None:
     for games, arms in [(each, arms_of_drift) for each in DRIFTS] + [(each, arms_of_stationary) for each in STATIONARY]:
         if games is not HUNTS and asked is not SMOKE:
             pytest.importorskip("jaxmarl", reason="battles need jaxmarl")
-        for name, run in arms(games, asked).items():
+        for name, run in arms(games, asked).arms.items():
             settings = run.settings(seed=1)
             assert settings.seed == 1 and settings.algorithm == "qmix"
             assert (settings.surgery.method == "none") == (name == "none" or settings.switch.reset_optimizer), name
@@ -42,7 +42,7 @@ def test_every_arm_is_a_run_that_can_be_configured(asked: Asked) -> None:
 
 def test_arms_differ_in_what_is_done_and_in_nothing_else() -> None:
     for games in (*DRIFTS, *STATIONARY):
-        arms = (arms_of_drift if games in DRIFTS else arms_of_stationary)(games, SMALL)
+        arms = (arms_of_drift if games in DRIFTS else arms_of_stationary)(games, SMALL).arms
         assert len({run.intervention for run in arms.values()}) == len(arms)
         assert len({(run.games, run.assigned, run.algorithm, run.num_looks) for run in arms.values()}) == 1
 
@@ -61,7 +61,7 @@ def test_seeds_are_as_many_as_a_game_is_worth_unless_a_number_is_asked_for() -> 
 
 
 def test_a_run_keeps_as_many_looks_at_each_task_for_every_seed_and_does_the_same_again() -> None:
-    run = arms_of_drift(HUNTS, SMOKE)["KNIFE, the paper's reading"]
+    run = arms_of_drift(HUNTS, SMOKE).arms["KNIFE, the paper's reading"]
     first, other = run.run([1000, 1001])
     (again,) = run.run([1000])
     for outcome in (first, other):
@@ -98,7 +98,7 @@ def test_pages_and_pictures_come_out(folder: Path) -> None:
     for name in ("figure2", "figure3", "figure4", "figure6"):
         assert (folder / "smoke" / f"{name}.png").stat().st_size > 10_000
     battles = (folder / "smoke" / "figure6.md").read_text(encoding="utf-8")
-    for arm in arms_of_drift(HUNTS, SMOKE):
+    for arm in arms_of_drift(HUNTS, SMOKE).arms:
         assert f"| {arm} |" in battles
     shares = (folder / "smoke" / "figure3.md").read_text(encoding="utf-8")
     assert "| agents | hypernetworks | mixing units | hypernetworks less agents |" in shares
@@ -113,7 +113,7 @@ def test_returns_of_later_tasks_are_relative_to_fresh_networks_seed_by_seed(fold
 
 def test_growth_is_since_before_the_first_update(folder: Path) -> None:
     files = Results(folder / "runs")
-    growing, at_end = figure3.FIGURE3.panels(SMOKE, files)
+    growing = figure3.FIGURE3.panels(SMOKE, files)[0]
     for name, runs in growing.results(files, SMOKE).items():
         for run in runs:
             last = run.outcome["looks"][-1]
