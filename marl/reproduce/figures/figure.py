@@ -84,6 +84,8 @@ class Measure:
     """How large a difference has to be to count."""
     curve: str | None = None
     """What is drawn over time, by its name in each look; none: nothing."""
+    less: str | None = None
+    """The arm whose number is taken off, seed by seed, where numbers may be zero; none: as it is."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,7 @@ def scores_of(runs: Runs, measure: Measure) -> tuple[list[int], dict[str, Scores
     }
     seeds = sorted(set.intersection(*map(set, done.values()))) if done else []
     plain = {name: np.array([measure.of(own[seed]) for seed in seeds]) for name, own in done.items()}
-    if measure.relative_to is None:
-        return seeds, plain
-    if measure.relative_to not in plain:
-        return seeds, {}
-    return seeds, {name: values / plain[measure.relative_to] for name, values in plain.items()}
+    for other, relation in ((measure.relative_to, np.divide), (measure.less, np.subtract)):
+        if other is not None:
+            plain = {name: relation(values, plain[other]) for name, values in plain.items()} if other in plain else {}
+    return seeds, plain

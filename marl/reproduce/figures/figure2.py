@@ -15,16 +15,16 @@ SHOWN = ("none", "optimizer reset", FRESH, "KNIFE, the paper's reading")
 
 
 def panels(asked: Asked, files: Results) -> Sequence[Panel]:
-    """The sequence of battles, relative to fresh networks; its runs are figure 6's."""
+    """The sequence of battles, beside fresh networks; its runs are figure 6's."""
     arms = arms_of_drift(BATTLES, asked).arms
     absolute, units, *others = measures_of_drift()
-    relative = Measure("return / fresh, later tasks", absolute.of, relative_to=FRESH, curve=absolute.curve)
+    relative = Measure("return less fresh's, later tasks", absolute.of, less=FRESH, curve=absolute.curve)
     panel = Panel(
         BATTLES.name,
         {name: arms[name] for name in SHOWN},
         (relative, units, absolute, *others),
         {},
-        ("On SMAX; fresh networks have no more than a task's own time, so that below 1 is plasticity lost.",),
+        ("On SMAX; fresh networks have no more than a task's own time, so that below 0 is plasticity lost.",),
         num_seeds=dict.fromkeys(SHOWN, BATTLES.num_seeds[asked.scale]),
         unit_of_time="steps",
     )

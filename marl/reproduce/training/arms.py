@@ -8,7 +8,7 @@ the place of battles, which need JAX.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from marl.reproduce.figures.arms import FRESH, ONE_IN_TWENTY
@@ -33,6 +33,8 @@ Intervention = tuple[str, ...]
 """Settings, as `--set` takes them."""
 
 KNIFE, RANDOM = "KNIFE, the paper's reading", "KNIFE, a tenth at random"
+FEWEST = ("none", "optimizer reset", FRESH, KNIFE, "ReDo")
+"""At the smallest scale; with one task there are no fresh networks."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Games:
             return (TINY_DRIFT if self in DRIFTS else TINY).run(asked, intervention)
         steps = self.num_steps[asked.scale]
         lengths = (f"training.num_steps={steps}", f"learning.exploration.num_steps={steps // 3}")
-        return TrainingRun(self.name, (f"tasks={self.tasks}", *self.learner, *lengths), intervention)
+        run = TrainingRun(self.name, (f"tasks={self.tasks}", *self.learner, *lengths), intervention)
+        return replace(run, num_looks=2) if asked.scale == "smoke" else run
 
     def compared(self, asked: Asked, every: Mapping[str, Intervention]) -> Compared:
         """Of all that can be done what is done at a scale, and what is not."""
@@ -131,7 +134,7 @@ BATTLES = Games(
     BATTLE_LEARNER,
     {"small": 25_000, "paper": PAPER_STEPS},
     {"smoke": 2, "small": 3, "paper": 5},
-    {"small": ("none", "optimizer reset", FRESH, KNIFE, "ReDo")},
+    {"smoke": FEWEST, "small": FEWEST},
 )
 """Five against five on SMAX, each race once and the first again; at `small` an eighth of what one was learned with."""
 HUNTS = Games(
@@ -140,7 +143,7 @@ HUNTS = Games(
     HUNT_LEARNER,
     {"small": 10_000, "paper": 250_000},
     {"smoke": 2, "small": 5, "paper": 30},
-    {"small": ("none", "optimizer reset", "head reset", FRESH, KNIFE, RANDOM, "ReDo", "ReBorn")},
+    {"smoke": FEWEST, "small": ("head reset", *FEWEST, RANDOM, "ReBorn")},
 )
 """Predator-prey on a small grid: what a catch by too few costs grows, and is nothing again."""
 DRIFTS: tuple[Games, ...] = (BATTLES, HUNTS)
@@ -152,7 +155,7 @@ STATIONARY: tuple[Games, ...] = tuple(
         BATTLE_LEARNER,
         {"small": 100_000, "paper": PAPER_STEPS},
         {"smoke": 2, "small": 3, "paper": 5},
-        {"small": ("none", "optimizer reset", KNIFE)},
+        {"smoke": FEWEST, "small": ("none", "optimizer reset", KNIFE)},
     )
     for name in ("5gen_protoss", "3s_vs_5z")
 )
