@@ -76,23 +76,27 @@ class Difference(Estimate):
         return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
-def mean(scores: Scores) -> float:
-    """The mean over all."""
-    return float(scores.mean())
+def mean(scores: Scores) -> Scores:
+    """The mean over seeds and columns, (..., num_seeds, num_columns) to (...)."""
+    found: Scores = scores.mean(axis=(-2, -1))
+    return found
 
 
-def interquartile_mean(scores: Scores) -> float:
-    """The mean of the middle half of all scores; the lowest and highest quarter, rounded down, are left out.
+def interquartile_mean(scores: Scores) -> Scores:
+    """The mean of the middle half of all scores, (..., num_seeds, num_columns) to (...).
 
-    >>> interquartile_mean(np.array([[0.0], [1.0], [2.0], [9.0]]))
+    The lowest and the highest quarter, rounded down, are left out.
+
+    >>> float(interquartile_mean(np.array([[0.0], [1.0], [2.0], [9.0]])))
     1.5
     """
-    ordered = np.sort(scores, axis=None)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
+    ordered = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    size = ordered.shape[-1]
+    found: Scores = ordered[..., size // 4 : size - size // 4].mean(axis=-1)
+    return found
 
 
-def estimate(scores: Scores, statistic: Callable[[Scores], float] = mean, *, num_draws: int = NUM_DRAWS) -> Estimate:
+def estimate(scores: Scores, statistic: Callable[[Scores], Scores] = mean, *, num_draws: int = NUM_DRAWS) -> Estimate:
     """A statistic of scores with a percentile interval; seeds are drawn anew within each column (stratified bootstrap).
 
     >>> print(estimate(np.full((3, 2), 0.5)))
@@ -101,9 +105,8 @@ def estimate(scores: Scores, statistic: Callable[[Scores], float] = mean, *, num
     scores = _columns(scores)
     generator, (num_seeds, num_columns) = np.random.default_rng(0), scores.shape
     drawn = generator.integers(num_seeds, size=(num_draws, num_seeds, num_columns))
-    found = [statistic(scores[each, np.arange(num_columns)]) for each in drawn]
-    low, high = np.percentile(found, LEVELS)
-    return Estimate(statistic(scores), float(low), float(high))
+    low, high = np.percentile(statistic(scores[drawn, np.arange(num_columns)]), LEVELS)
+    return Estimate(float(statistic(scores)), float(low), float(high))
 
 
 def paired_difference(first: Scores, second: Scores, *, num_draws: int = NUM_DRAWS) -> Difference:
@@ -133,10 +136,8 @@ def probability_of_improvement(first: Scores, second: Scores, *, num_draws: int 
     """
     generator = np.random.default_rng(0)
     wins = np.sign(np.subtract.outer(first, second)) / 2 + 0.5
-    rows = generator.integers(len(first), size=(num_draws, len(first)))
-    columns = generator.integers(len(second), size=(num_draws, len(second)))
-    found = [wins[np.ix_(row, column)].mean() for row, column in zip(rows, columns, strict=True)]
-    low, high = np.percentile(found, LEVELS)
+    rows, columns = (_shares_drawn(generator, size, num_draws) for size in wins.shape)
+    low, high = np.percentile(np.sum((rows @ wins) * columns, axis=1), LEVELS)
     return Estimate(float(wins.mean()), float(low), float(high))
 
 
@@ -176,6 +177,14 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p_values) - place) * p_value))
         adjusted[name] = largest
     return adjusted
+
+
+def _shares_drawn(generator: np.random.Generator, size: int, num_draws: int) -> Scores:
+    """Which share each of so many seeds has in every draw of as many, (num_draws, size)."""
+    drawn = generator.integers(size, size=(num_draws, size))
+    counts = np.zeros((num_draws, size))
+    np.add.at(counts, (np.arange(num_draws)[:, None], drawn), 1 / size)
+    return counts
 
 
 def _columns(scores: Scores) -> Scores:

@@ -43,7 +43,7 @@ def test_seeds_are_drawn_within_each_column() -> None:
 
 
 def test_an_interquartile_mean_leaves_out_a_quarter_on_either_side() -> None:
-    scores = np.array([-99.0, 1.0, 2.0, 3.0, 4.0, 99.0, 99.0, -99.0])
+    scores = np.array([-99.0, 1.0, 2.0, 3.0, 4.0, 99.0, 99.0, -99.0])[:, None]
     assert interquartile_mean(scores) == 2.5
     assert interquartile_mean(scores[:3]) == mean(scores[:3])  # too few to leave any out
 
