@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from marl.errors import SettingsError
 from marl.reproduce.engines import InProcess
 from marl.reproduce.figures import figure2, figure3, figure4, figure6
-from marl.reproduce.figures.arms import FRESH
-from marl.reproduce.figures.figure import Asked, scores_of
+from marl.reproduce.figures.figure import Asked
 from marl.reproduce.figures.registry import FIGURES
 from marl.reproduce.reproducing import Reproducing, reproduce
 from marl.reproduce.results import Results, settings_of
@@ -102,15 +100,6 @@ def test_pages_and_pictures_come_out(folder: Path) -> None:
         assert f"| {arm} |" in battles
     shares = (folder / "smoke" / "figure3.md").read_text(encoding="utf-8")
     assert "| agents | hypernetworks | mixing units | hypernetworks less agents |" in shares
-
-
-def test_returns_of_later_tasks_are_beside_those_of_fresh_networks_seed_by_seed(folder: Path) -> None:
-    files = Results(folder / "runs")
-    (panel,) = figure2.FIGURE2.panels(SMOKE, files)
-    _, scores = scores_of(panel.results(files, SMOKE), panel.measures[0])
-    _, absolute = scores_of(panel.results(files, SMOKE), panel.measures[2])
-    assert np.allclose(scores[FRESH], 0.0)
-    assert np.allclose(scores["none"], absolute["none"] - absolute[FRESH]) and scores["none"].any()
 
 
 def test_growth_is_since_before_the_first_update(folder: Path) -> None:
