@@ -141,7 +141,7 @@ def play(
 def reproduce(
     figure: Annotated[
         str,
-        typer.Argument(help="figure1, figure7, figure8 or all; tuning, of what these are run with; show, into a page."),
+        typer.Argument(help="figure1 to 4, 6 to 8, or all; tuning, of what these are run with; show, into a page."),
     ],
     scale: Annotated[str, typer.Option(help="smoke, small (two cores, an hour) or paper (a cluster).")] = "small",
     engine: Annotated[str, typer.Option(help="local processes, or ray.")] = "local",

@@ -6,20 +6,20 @@ the runs of one figure can renew that one. What is around the parts is written b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from marl.errors import SettingsError
 from marl.reproduce.comparisons import line
 from marl.reproduce.figures.figure import Asked, Figure
-from marl.reproduce.figures.tuning import METHODS, grid, sequences, tried
-from marl.reproduce.results import Results
+from marl.reproduce.figures.tuning import METHODS, grid, sequences, tried, tuning_jobs
+from marl.reproduce.results import Results, Work
 from marl.reproduce.showing import legend, save_picture, sections
 
 __all__ = ["publish"]
 
 
-def publish(figures: Iterable[Figure], asked: Asked, files: Results, page: Path) -> list[str]:
+def publish(figures: Sequence[Figure], asked: Asked, files: Results, page: Path) -> list[str]:
     """Renew the parts of a page that there are runs for, with their pictures beside it; returns the names of the parts.
 
     Raises:
@@ -38,6 +38,7 @@ def publish(figures: Iterable[Figure], asked: Asked, files: Results, page: Path)
             parts[figure.name] = [shown, "", *sections(figure, asked, files, level=3)]
     if table := list(_tuning(asked, files)):
         parts["tuning"] = table
+    parts["costs"] = list(_costs(figures, asked, files))
     for name, lines in parts.items():
         text = _with_part(text, name, lines)
     page.write_text(text, encoding="utf-8")
@@ -47,6 +48,22 @@ def publish(figures: Iterable[Figure], asked: Asked, files: Results, page: Path)
 def _has_runs(figure: Figure, asked: Asked, files: Results) -> bool:
     jobs = figure.jobs(asked, files)
     return any((left := files.missing(job)) is None or len(left.seeds) < len(job.seeds) for job in jobs)
+
+
+def _costs(figures: Sequence[Figure], asked: Asked, files: Results) -> Iterator[str]:
+    """Runs that are there and what they took, each counted where it is needed first."""
+    yield line(["command", "runs that none above has", "processor minutes"])
+    yield line(["---"] * 3)
+    seen: set[tuple[Work, int]] = set()
+    for name, jobs in [
+        ("tuning", tuning_jobs(asked, files)),
+        *((each.name, each.jobs(asked, files)) for each in figures),
+    ]:
+        took = {(job.work, run.seed): float(run.outcome["seconds"]) for job in jobs for run in files.of(job)}
+        yield line(
+            [f"`{name}`", f"{len(took.keys() - seen):,}", f"{sum(took[each] for each in took.keys() - seen) / 60:.0f}"]
+        )
+        seen |= took.keys()
 
 
 def _with_part(text: str, name: str, lines: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ from tests.marl.reproduce.drawn import Drawn, figure_of, pretended
 ROOT = Path(__file__).parents[3]
 ASKED = Asked.of("smoke", 12)
 CONTROLS = {"none": Drawn(0.0), "optimizer reset": Drawn(0.1)}
-EMPTY = "Before.\n\n<!-- legend -->\n<!-- end of legend -->\n\n<!-- drawn -->\nold\n<!-- end of drawn -->\n\nAfter.\n"
+EMPTY = (
+    "Before.\n\n<!-- legend -->\n<!-- end of legend -->\n\n<!-- drawn -->\nold\n<!-- end of drawn -->\n\n"
+    "<!-- costs -->\n<!-- end of costs -->\n\nAfter.\n"
+)
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def page(tmp_path: Path) -> Path:
 def test_a_part_is_renewed_and_what_is_around_it_stays(page: Path, tmp_path: Path) -> None:
     figure, files = figure_of(**CONTROLS, KNIFE=Drawn(1.0)), Results(tmp_path / "runs")
     sweep(figure.jobs(ASKED, files), files, InProcess())
-    assert publish([figure], ASKED, files, page) == ["legend", "drawn"]
+    assert publish([figure], ASKED, files, page) == ["legend", "drawn", "costs"]
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("\nAfter.\n")
     assert "old" not in text and "| KNIFE |" in text and "In brackets 95 % intervals" in text
@@ -48,7 +52,7 @@ def test_a_part_is_renewed_and_what_is_around_it_stays(page: Path, tmp_path: Pat
 
 
 def test_a_part_without_runs_stays_as_it_is(page: Path, tmp_path: Path) -> None:
-    assert publish([figure_of(**CONTROLS)], ASKED, Results(tmp_path / "runs"), page) == ["legend"]
+    assert publish([figure_of(**CONTROLS)], ASKED, Results(tmp_path / "runs"), page) == ["legend", "costs"]
     assert "<!-- drawn -->\nold\n<!-- end of drawn -->" in page.read_text()
 
 
@@ -58,6 +62,22 @@ def test_a_page_that_is_not_there_or_lacks_a_part_is_refused(page: Path, tmp_pat
     page.write_text("<!-- end of legend -->\n<!-- legend -->\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="no part 'legend': put <!-- legend --> and"):
         publish([], ASKED, Results(tmp_path / "runs"), page)
+
+
+def test_runs_are_counted_where_they_are_needed_first(page: Path, tmp_path: Path) -> None:
+    first, files = figure_of(**CONTROLS), Results(tmp_path / "runs")
+    second = replace(figure_of(**CONTROLS, KNIFE=Drawn(1.0)), name="second")
+    page.write_text(EMPTY + "<!-- second -->\n<!-- end of second -->\n", encoding="utf-8")
+    for figure in (first, second):
+        sweep(figure.jobs(ASKED, files), files, InProcess())
+    publish([first, second], ASKED, files, page)
+    seconds = files.of(first.jobs(ASKED, files)[0])[0].outcome["seconds"]
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [
+        "| `tuning` | 0 | 0 |",
+        f"| `drawn` | 24 | {24 * seconds / 60:.0f} |",
+        f"| `second` | 12 | {12 * seconds / 60:.0f} |",
+    ]
 
 
 def test_what_is_said_of_knife_names_the_arms_that_beat_it(tmp_path: Path) -> None:
@@ -75,7 +95,7 @@ def test_what_is_said_of_knife_names_the_arms_that_beat_it(tmp_path: Path) -> No
 
 def test_the_page_of_the_documentation_has_a_part_for_every_figure() -> None:
     text = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
-    for name in ("legend", "tuning", *FIGURES):
+    for name in ("legend", "tuning", "costs", *FIGURES):
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1, name
 
 
@@ -88,7 +108,7 @@ def test_the_command_shows_what_is_there_and_runs_nothing(
     arguments = ["--scale", "smoke", "--seeds", "12", "--output", str(tmp_path), "--page", str(page)]
     done = CliRunner().invoke(app, ["reproduce", "show", *arguments])
     assert done.exit_code == 0, done.output
-    assert "page.md: legend, drawn" in done.output
+    assert "page.md: legend, drawn, costs" in done.output
     assert len(list((tmp_path / "runs").glob("*.json"))) == 24
     assert "| optimizer reset |" in page.read_text() and "| KNIFE |" not in page.read_text()
 
@@ -103,7 +123,7 @@ def test_the_table_of_what_was_tried_has_every_setting_on_every_sequence(
     asked, files = Asked.of("small"), Results(tmp_path / "runs")
     for _ in range(2):
         sweep(tuning_jobs(asked, files), files, InProcess())
-    assert publish([], asked, files, page) == ["legend", "tuning"]
+    assert publish([], asked, files, page) == ["legend", "tuning", "costs"]
     rows = [
         line.split(" | ") for line in page.read_text().splitlines() if line.startswith(tuple(f"| {m}" for m in METHODS))
     ]
