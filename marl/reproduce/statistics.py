@@ -8,17 +8,26 @@ Generators are seeded: equal scores give equal intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from marl.errors import SettingsError
+from neuronsurgery.comparison.statistics import (
+    LEVELS,
+    NUM_DRAWS,
+    Estimate,
+    Scores,
+    estimate,
+    interquartile_mean,
+    mean,
+)
 
 __all__ = [
     "Difference",
     "Estimate",
+    "Scores",
     "estimate",
     "holm",
     "interquartile_mean",
@@ -28,31 +37,6 @@ __all__ = [
     "probability_of_improvement",
     "wilson",
 ]
-
-Scores = NDArray[np.float64]
-"""(num_seeds, num_columns); columns are environments or sequences in which the seeds have nothing in common."""
-
-NUM_DRAWS = 2000
-LEVELS = [2.5, 97.5]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic with its 95 % interval.
-
-    >>> print(Estimate(0.5, 0.4, 0.6))
-    0.50 (0.40 to 0.60)
-    """
-
-    value: float
-    """Of all scores."""
-    low: float
-    """Lower end."""
-    high: float
-    """Upper end."""
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass(frozen=True)
@@ -74,39 +58,6 @@ class Difference(Estimate):
 
     def __str__(self) -> str:
         return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
-
-
-def mean(scores: Scores) -> Scores:
-    """The mean over seeds and columns, (..., num_seeds, num_columns) to (...)."""
-    found: Scores = scores.mean(axis=(-2, -1))
-    return found
-
-
-def interquartile_mean(scores: Scores) -> Scores:
-    """The mean of the middle half of all scores, (..., num_seeds, num_columns) to (...).
-
-    The lowest and the highest quarter, rounded down, are left out.
-
-    >>> float(interquartile_mean(np.array([[0.0], [1.0], [2.0], [9.0]])))
-    1.5
-    """
-    ordered = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
-    size = ordered.shape[-1]
-    found: Scores = ordered[..., size // 4 : size - size // 4].mean(axis=-1)
-    return found
-
-
-def estimate(scores: Scores, statistic: Callable[[Scores], Scores] = mean, *, num_draws: int = NUM_DRAWS) -> Estimate:
-    """A statistic of scores with a percentile interval; seeds are drawn anew within each column (stratified bootstrap).
-
-    >>> print(estimate(np.full((3, 2), 0.5)))
-    0.50 (0.50 to 0.50)
-    """
-    scores = _columns(scores)
-    generator, (num_seeds, num_columns) = np.random.default_rng(0), scores.shape
-    drawn = generator.integers(num_seeds, size=(num_draws, num_seeds, num_columns))
-    low, high = np.percentile(statistic(scores[drawn, np.arange(num_columns)]), LEVELS)
-    return Estimate(float(statistic(scores)), float(low), float(high))
 
 
 def paired_difference(first: Scores, second: Scores, *, num_draws: int = NUM_DRAWS) -> Difference:
@@ -141,13 +92,13 @@ def probability_of_improvement(first: Scores, second: Scores, *, num_draws: int 
     return Estimate(float(wins.mean()), float(low), float(high))
 
 
-def performance_profile(scores: Scores, thresholds: NDArray[np.float64]) -> NDArray[np.float64]:
+def performance_profile(scores: Scores, thresholds: Scores) -> NDArray[np.float64]:
     """The share of runs that score more than each threshold, (num_thresholds,).
 
     >>> performance_profile(np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.5])).round(2).tolist()
     [0.67, 0.33]
     """
-    shares: NDArray[np.float64] = (np.ravel(scores)[None] > thresholds[:, None]).mean(axis=1)
+    shares: Scores = (np.ravel(scores)[None] > thresholds[:, None]).mean(axis=1)
     return shares
 
 
@@ -185,7 +136,3 @@ def _shares_drawn(generator: np.random.Generator, size: int, num_draws: int) -> 
     counts = np.zeros((num_draws, size))
     np.add.at(counts, (np.arange(num_draws)[:, None], drawn), 1 / size)
     return counts
-
-
-def _columns(scores: Scores) -> Scores:
-    return scores[:, None] if scores.ndim == 1 else scores

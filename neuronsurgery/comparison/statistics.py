@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Estimate", "estimate", "interquartile_mean", "mean"]
+__all__ = ["LEVELS", "NUM_DRAWS", "Estimate", "Scores", "estimate", "interquartile_mean", "mean"]
 
 Scores = NDArray[np.float64]
-"""(num_seeds, num_benchmarks)"""
+"""(num_seeds, num_columns); columns are benchmarks, or what else seeds have nothing in common in."""
 
 NUM_DRAWS = 2000
+LEVELS = [2.5, 97.5]
 
 
 @dataclass(frozen=True)
@@ -30,41 +30,48 @@ class Estimate:
     """
 
     value: float
+    """Of all scores."""
     low: float
+    """Lower end."""
     high: float
+    """Upper end."""
 
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def estimate(scores: Scores, statistic: Callable[[Scores], float], num_draws: int = NUM_DRAWS) -> Estimate:
-    """A statistic of scores, with a percentile interval by the stratified bootstrap; equal scores, equal intervals.
-
-    >>> print(estimate(np.full((3, 2), 0.5), mean))
-    0.50 (0.50 to 0.50)
-    """
-    generator = np.random.default_rng(0)
-    num_seeds, num_benchmarks = scores.shape
-    columns = np.arange(num_benchmarks)
-    draws = [
-        statistic(scores[generator.integers(num_seeds, size=(num_seeds, num_benchmarks)), columns])
-        for _ in range(num_draws)
-    ]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(statistic(scores), float(low), float(high))
+def mean(scores: Scores) -> Scores:
+    """The mean over seeds and columns, (..., num_seeds, num_columns) to (...)."""
+    found: Scores = scores.mean(axis=(-2, -1))
+    return found
 
 
-def mean(scores: Scores) -> float:
-    """The mean over all."""
-    return float(scores.mean())
+def interquartile_mean(scores: Scores) -> Scores:
+    """The mean of the middle half of all scores, (..., num_seeds, num_columns) to (...).
 
+    The lowest and the highest quarter, rounded down, are left out.
 
-def interquartile_mean(scores: Scores) -> float:
-    """The mean of the middle half of all scores, without the lowest and the highest quarter, rounded down.
-
-    >>> interquartile_mean(np.array([[0.0], [1.0], [2.0], [9.0]]))
+    >>> float(interquartile_mean(np.array([[0.0], [1.0], [2.0], [9.0]])))
     1.5
     """
-    ordered: Any = np.sort(scores, axis=None)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
+    ordered = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    size = ordered.shape[-1]
+    found: Scores = ordered[..., size // 4 : size - size // 4].mean(axis=-1)
+    return found
+
+
+def estimate(scores: Scores, statistic: Callable[[Scores], Scores] = mean, *, num_draws: int = NUM_DRAWS) -> Estimate:
+    """A statistic of scores with a percentile interval; seeds are drawn anew within each column (stratified bootstrap).
+
+    >>> print(estimate(np.full((3, 2), 0.5)))
+    0.50 (0.50 to 0.50)
+    """
+    scores = _columns(scores)
+    generator, (num_seeds, num_columns) = np.random.default_rng(0), scores.shape
+    drawn = generator.integers(num_seeds, size=(num_draws, num_seeds, num_columns))
+    low, high = np.percentile(statistic(scores[drawn, np.arange(num_columns)]), LEVELS)
+    return Estimate(float(statistic(scores)), float(low), float(high))
+
+
+def _columns(scores: Scores) -> Scores:
+    return scores[:, None] if scores.ndim == 1 else scores
