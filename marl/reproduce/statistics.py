@@ -92,7 +92,7 @@ def probability_of_improvement(first: Scores, second: Scores, *, num_draws: int 
     return Estimate(float(wins.mean()), float(low), float(high))
 
 
-def performance_profile(scores: Scores, thresholds: Scores) -> NDArray[np.float64]:
+def performance_profile(scores: Scores, thresholds: Scores) -> Scores:
     """The share of runs that score more than each threshold, (num_thresholds,).
 
     >>> performance_profile(np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.5])).round(2).tolist()
