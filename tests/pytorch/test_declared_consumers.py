@@ -66,7 +66,7 @@ class Mistaken(Fused):
 class Readable(nn.GRUCell):
     """Can be traced, and is declared all the same."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return F.linear(x, self.weight_ih, self.bias_ih)[:, : self.hidden_size].tanh()
 
 
