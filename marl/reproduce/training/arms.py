@@ -153,7 +153,7 @@ STATIONARY: tuple[Games, ...] = tuple(
         name,
         _listed("smax", {name: {"scenario": name}}),
         BATTLE_LEARNER,
-        {"small": 100_000, "paper": PAPER_STEPS},
+        {"small": 60_000, "paper": PAPER_STEPS},
         {"smoke": 2, "small": 3, "paper": 5},
         {"smoke": FEWEST, "small": ("none", "optimizer reset", KNIFE)},
     )
@@ -168,7 +168,7 @@ AT_SWITCHES = ("surgery.every=null", "surgery.after_task_change=0")
 UNITS_AT_SWITCHES = ("surgery.every=null", "surgery.after_task_change=50")
 """On the evidence of a task's first updates, as in the sequences of matrix games."""
 FROM_TIME_TO_TIME = ("surgery.every=200",)
-"""Where there are no tasks: the paper says a period and not which; three operations in a run at `small`."""
+"""Where there are no tasks: the paper says a period and not which; two operations in a run at `small`."""
 AS_MANY = 0.1
 """The share of units that are taken at random: about as many as are stagnant."""
 
