@@ -39,7 +39,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 """What has settings to choose from; other arms have none."""
 
 FIRST_SEEDS: dict[Scale, int] = {"smoke": 1, "small": 4, "paper": 8}
-ALL_SEEDS: dict[Scale, int] = {"smoke": 2, "small": 32, "paper": 32}
+ALL_SEEDS: dict[Scale, int] = {"smoke": 2, "small": 16, "paper": 32}
 KEPT = 4
 """One in so many settings goes into the second round."""
 NUM_TASKS: dict[tuple[Scale, Kind], int] = {("small", "contextual"): 20}

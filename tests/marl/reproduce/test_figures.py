@@ -271,7 +271,7 @@ def test_tuning_on_fewer_tasks_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     tasks = tasks_of(asked, "contextual")
     for _ in range(2):
         sweep(tuning_jobs(asked, files), files, InProcess())
-    assert str(tuned(asked, tasks, files, "KNIFE")[1]).endswith("tuned on seeds 0 to 31, the first 20 tasks")
+    assert str(tuned(asked, tasks, files, "KNIFE")[1]).endswith("tuned on seeds 0 to 15, the first 20 tasks")
 
 
 def of_literal(jobs: Sequence[Job]) -> list[Job]:
