@@ -12,7 +12,8 @@ differences stay with what it knew: they go to the frozen member that was the ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,10 @@ from marl.learner import Learner
 from marl.seeding import seed_for
 from marl.surgery import FrozenRows
 
-__all__ = ["carried_on", "consumer_of", "renew_outgoing"]
+__all__ = ["Differences", "carried_on", "consumer_of", "renew_outgoing"]
+
+Name = tuple[int, int, bytes, float]
+"""Of a frozen member: its unit, sign, weights and bias. Its place changes, and its operation, as others are taken out."""
 
 
 def consumer_of(networks: nn.Module, site: str) -> str:
@@ -77,34 +81,65 @@ def renew_outgoing(learner: Learner, operated: Mapping[str, tuple[int, ...]], *,
                 value[entries] = 0
 
 
-def carried_on(before: Tensor, change: Tensor, rows: FrozenRows | None, consumer_rows: FrozenRows | None) -> Tensor:
-    """The differences (K, O + L) that K frozen members have after an operation, for O rows and L frozen rows behind.
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """What frozen members add to a consumer beside its weights."""
 
-    `before` are those that there were, of fewer members, (0, O) at first; `change` (O, H) is what the consumer's
-    weights were less what they are; `rows` and `consumer_rows` are the frozen members now, the latest last.
+    table: Tensor
+    """To each of its rows and of its own frozen rows, (K, O + L)."""
+    members: Sequence[Name]
+    """Of which frozen members, K."""
+    readers: Sequence[Name]
+    """To which frozen rows, L."""
 
-    One unit, v = 2 and w = 0.5: what it knew, its one frozen member but the compensation, adds 1.5 times its activation.
+
+def carried_on(
+    before: Differences | None, change: Tensor, rows: FrozenRows | None, consumer_rows: FrozenRows | None
+) -> Differences:
+    """The differences after an operation.
+
+    `change` (O, H) is what the consumer's weights were less what they are; `rows` and `consumer_rows` are the frozen
+    members now, the latest last. The library takes out members that count nothing: those that have faded, and equal
+    ones of opposite signs, whose differences are opposite as well.
+
+    One unit, v = 2 and w = 0.5: what it knew adds 1.5 times its activation, and the compensation nothing.
 
     >>> rows = FrozenRows(*torch.zeros(2, 2, 1), *torch.tensor([[0, 0], [1, -1], [0, 0]]), *torch.zeros(3, 2))
-    >>> carried_on(torch.zeros(0, 1), torch.tensor([[1.5]]), rows, None)
+    >>> carried_on(None, torch.tensor([[1.5]]), rows, None).table
     tensor([[1.5000],
             [0.0000]])
     """
-    num_outputs, num_old, width = len(change), *before.shape
-    unit, sign = _members(rows)
-    reader, reader_sign = (each[width - num_outputs :] for each in _members(consumer_rows))
-    after = change.new_zeros(len(unit), width + len(reader))
-    after[:num_old, :width] = before
+    num_outputs, members, readers = len(change), _names(rows), _names(consumer_rows)
+    old = change.new_zeros(0, num_outputs) if before is None else _of_those_left(before, members, readers)
+    num_old, width = old.shape
+    unit, sign = _units_and_signs(rows)
+    reader, reader_sign = (each[width - num_outputs :] for each in _units_and_signs(consumer_rows))
+    table = change.new_zeros(len(unit), width + len(reader))
+    table[:num_old, :width] = old
     was_live = reader_sign > 0
-    after[:, width:][:, was_live] = after[:, reader[was_live]]
-    after[:, reader] = 0
+    table[:, width:][:, was_live] = table[:, reader[was_live]]
+    table[:, reader] = 0
     is_latest = torch.arange(len(unit)) >= num_old
     counts = sign.masked_fill(is_latest & (sign < 0), 0)
-    after[:, :num_outputs] += counts.unsqueeze(1) * change.index_fill(0, reader, 0)[:, unit].T
-    return after
+    table[:, :num_outputs] += counts.unsqueeze(1) * change.index_fill(0, reader, 0)[:, unit].T
+    return Differences(table, members, readers)
 
 
-def _members(rows: FrozenRows | None) -> tuple[Tensor, Tensor]:
-    """The units and the signs of frozen members."""
+def _of_those_left(before: Differences, members: Sequence[Name], readers: Sequence[Name]) -> Tensor:
+    num_outputs = before.table.shape[1] - len(before.readers)
+    left, left_readers = set(members), set(readers)
+    rows = [place for place, name in enumerate(before.members) if name in left]
+    columns = [num_outputs + place for place, name in enumerate(before.readers) if name in left_readers]
+    return before.table[rows][:, [*range(num_outputs), *columns]]
+
+
+def _names(rows: FrozenRows | None) -> list[Name]:
+    if rows is None:
+        return []
+    weights = [weight.numpy().tobytes() for weight in rows.weight.detach()]
+    return list(zip(rows.unit.tolist(), rows.sign.tolist(), weights, rows.bias.tolist(), strict=True))
+
+
+def _units_and_signs(rows: FrozenRows | None) -> tuple[Tensor, Tensor]:
     none = torch.zeros(0, dtype=torch.int64)
     return (none, none) if rows is None else (rows.unit, rows.sign)

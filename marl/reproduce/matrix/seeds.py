@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from marl.layers import StackedLinear
 from marl.learner import Learner
-from marl.reproduce.matrix.outgoing import carried_on, consumer_of
+from marl.reproduce.matrix.outgoing import Differences, carried_on, consumer_of
 from marl.reproduce.matrix.units import Lack, StackedConsumer, StackedUnits
 from marl.stacking import load_module, load_optimizer, stack_learners
 from marl.surgery import FrozenRows, Norms, frozen_rows, operable_sites, write_fades
@@ -39,7 +39,7 @@ class Seeds:
         """Updates so far, as the optimizer counts them."""
         self.rows: list[dict[str, FrozenRows]] = [{} for _ in learners]
         """The frozen members of each seed, which only operations change."""
-        self.differences: list[dict[str, Tensor]] = [{} for _ in learners]
+        self.differences: list[dict[str, Differences]] = [{} for _ in learners]
         """What they add to consumers whose weights were drawn anew."""
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class Seeds:
             self._take_back(seed)
         self.rows = [frozen_rows(learner.online) for learner in self.alone]
         for site, layer in self.layers.items():
-            differences = [each.get(site) for each in self.differences]
+            differences = [each[site].table for each in self.differences if site in each]
             layer.take([each.get(site) for each in self.rows], lack=lack, differences=differences)
             layer.fade_to(self.num_steps)
         return found
@@ -105,8 +105,7 @@ class Seeds:
             _let_read(self.together.online, consumer)
             old = self.together.online.get_parameter(f"{consumer}.weight")[seed]
             new = self.alone[seed].online.get_parameter(f"{consumer}.weight")
-            before = own.get(site, old.new_zeros(0, len(old)))
-            own[site] = carried_on(before, old - new, rows.get(site), rows.get(consumer))
+            own[site] = carried_on(own.get(site), old - new, rows.get(site), rows.get(consumer))
 
     @torch.no_grad()
     def _take_back(self, seed: int) -> None:

@@ -59,10 +59,10 @@ class StackedUnits(nn.Module):
         out: Tensor = units.reshape(*x.shape[:-1], -1)
         return out
 
-    def take(self, rows: Sequence[FrozenRows | None], *, lack: Lack, differences: Sequence[Tensor | None] = ()) -> None:
+    def take(self, rows: Sequence[FrozenRows | None], *, lack: Lack, differences: Sequence[Tensor] = ()) -> None:
         """Take over the frozen members that each seed has now, those that are lacking left out.
 
-        `differences` are what they add to the consumer, for each seed (K, O + L): to its rows and to its frozen rows.
+        `differences` are what they add to the consumer, if so, for each seed (K, O + L): to its rows and its frozen rows.
         """
         self.frozen_weight: Tensor | None = None
         self._fading: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -135,12 +135,10 @@ def _products(rows: Tensor, weight: Tensor, bias: Tensor, added: Tensor | None) 
     return torch.baddbmm(start, rows, weight.transpose(1, 2))
 
 
-def _padded(differences: Sequence[Tensor | None], *, like: Tensor) -> Tensor:
+def _padded(differences: Sequence[Tensor], *, like: Tensor) -> Tensor:
     """Those of all seeds as one tensor (R, K, O + L), zeros where a seed has fewer members than others."""
-    given = {seed: each for seed, each in enumerate(differences) if each is not None}
-    width = max((each.shape[1] for each in given.values()), default=0)
-    padded = like.new_zeros(*like.shape[:2], width)
-    for seed, each in given.items():
+    padded = like.new_zeros(*like.shape[:2], max((each.shape[1] for each in differences), default=0))
+    for seed, each in enumerate(differences):
         padded[seed, : len(each), : each.shape[1]] = each
     return padded
 

@@ -26,7 +26,8 @@ from marl.surgery import FrozenRows, Seen
 from tests.marl.reproduce.test_matrix import KNIFE, OBS_SIZE, SMALL, Played, games
 
 RENEWED = Units(KNIFE, lack="outgoing")
-EVERYTHING = replace(RENEWED, settings=replace(KNIFE, criterion="all"))
+EVERYTHING = replace(RENEWED, settings=replace(KNIFE, criterion="all", max_growth=8.0))
+CROWDED = replace(EVERYTHING, settings=replace(KNIFE, criterion="all", max_growth=4.0))
 CONSUMERS = {"agent.encoder.0": "agent.encoder.2", "agent.encoder.2": "agent.head", "mixer.w1.0": "mixer.w1.2"}
 
 
@@ -96,11 +97,17 @@ def operated_units(seeds: Seeds, site: str, seed: int) -> set[int]:
 # -- the output
 
 
-@pytest.mark.parametrize("units", [RENEWED, EVERYTHING], ids=["half of the units", "all units"])
-@pytest.mark.parametrize("settings", [SMALL, replace(SMALL, algorithm="vdn", activation_fn="leaky_relu")])
-@pytest.mark.parametrize("retire", [None, 4])
+@pytest.mark.parametrize(
+    ("units", "retire", "settings"),
+    [
+        (RENEWED, None, SMALL),
+        (RENEWED, 4, SMALL),
+        (EVERYTHING, None, replace(SMALL, algorithm="vdn", activation_fn="leaky_relu")),
+        (CROWDED, 4, SMALL),
+    ],
+    ids=["half of the units", "while members fade", "all units", "members that have faded are taken out"],
+)
 def test_operations_in_a_row_leave_the_output(units: Units, settings: LearnerSettings, retire: int | None) -> None:
-    """Units are operated on again, while their earlier frozen members fade or not."""
     units, seeds = replace(units, settings=replace(units.settings, retire=retire)), trained(settings)
     for operation in range(3):
         before = outputs(seeds)
@@ -152,14 +159,26 @@ def members(seeds: Seeds) -> tuple[Tensor, Tensor]:
     return active, frozen
 
 
-def test_what_is_measured_of_units_is_of_units_alone() -> None:
+def test_members_that_the_library_takes_out_as_they_count_nothing_are_not_missed() -> None:
+    """At the bound on growth, compensation and the knowledge of an active member that never moved."""
+    seeds, num_rows = trained(), []
+    for operation in range(4):
+        before = outputs(seeds)
+        operate(seeds, RENEWED if operation == 2 else CROWDED, number=operation)
+        assert_same_outputs(seeds, before)
+        num_rows.append(len(seeds.rows[0]["agent.encoder.0"].unit))
+    assert num_rows == [12, 24, 18, 24]
+
+
+def test_units_are_dead_whatever_comes_with_them() -> None:
     tasks = make_tasks(TaskSettings("contextual", 2, 2, num_contexts=4, num_features=OBS_SIZE), [0, 1])
     seeds = Seeds([make_one(SMALL, OBS_SIZE, seed) for seed in range(2)])
-    before = measure(seeds, tasks, 0)
     operate(seeds, EVERYTHING)
-    after = measure(seeds, tasks, 0)
-    torch.testing.assert_close(after.dead, before.dead)
-    torch.testing.assert_close(after.error, before.error, atol=1e-5, rtol=1e-5)
+    for layer in seeds.layers.values():
+        layer.shares.zero_()
+        layer.bias.data.fill_(-100)
+        layer.frozen_bias.fill_(1.0)
+    assert all(bool((share == 1).all()) for share in measure(seeds, tasks, 0).dead.values())
 
 
 # -- the weights
@@ -183,7 +202,6 @@ def test_columns_of_operated_units_are_new_and_learn_while_the_difference_is_fro
     differences = layer.differences.clone()
     train(seeds, first=10, num_updates=5)
     assert torch.equal(layer.differences, differences)
-    assert all(not each.data_ptr() == layer.differences.data_ptr() for each in seeds.together.online.parameters())
     assert bool((weights(seeds)[name] != new).flatten(0, 1).any(dim=0).all())
 
 
@@ -226,24 +244,25 @@ def test_new_columns_are_not_the_numbers_that_new_rows_are_made_of() -> None:
 
 def members_of(units: list[int], signs: list[int]) -> FrozenRows:
     none = torch.zeros(len(units))
-    return FrozenRows(none.unsqueeze(1), none, torch.tensor(units), torch.tensor(signs), none, none, none, none)
+    weight = torch.arange(len(units)).unsqueeze(1)
+    return FrozenRows(weight, none, torch.tensor(units), torch.tensor(signs), none, none, none, none)
 
 
 def test_differences_are_of_all_members_but_the_latest_compensation_and_add_up() -> None:
-    first = carried_on(torch.zeros(0, 1), torch.tensor([[1.5, 0.0]]), members_of([0, 0], [1, -1]), None)
-    assert first.tolist() == [[1.5], [0.0]]
+    first = carried_on(None, torch.tensor([[1.5, 0.0]]), members_of([0, 0], [1, -1]), None)
+    assert first.table.tolist() == [[1.5], [0.0]]
     rows = members_of([0, 0, 0, 0, 1, 1], [1, -1, 1, -1, 1, -1])
     second = carried_on(first, torch.tensor([[1.0, 4.0]]), rows, None)
-    assert second.tolist() == [[2.5], [-1.0], [1.0], [0.0], [4.0], [0.0]]
+    assert second.table.tolist() == [[2.5], [-1.0], [1.0], [0.0], [4.0], [0.0]]
 
 
 def test_differences_of_a_row_stay_with_what_it_knew() -> None:
-    before = torch.tensor([[1.5, 2.5], [0.5, 3.5]])
-    change = torch.tensor([[7.0], [1.0]])  # of the first row, which is fresh, nothing is carried
+    """Of two rows the first is operated on, together with the unit: it is fresh, and nothing of its change is carried."""
     rows, behind = members_of([0, 0, 0, 0], [1, -1, 1, -1]), members_of([0, 0], [1, -1])
-    after = carried_on(before, change, rows, behind)
-    assert after[:2].tolist() == [[0, 2.5 + 1.0, 1.5, 0], [0, 3.5 - 1.0, 0.5, 0]]
-    assert after[2:].tolist() == [[0, 1.0, 0, 0], [0, 0, 0, 0]]
+    first = carried_on(None, torch.tensor([[1.5], [2.5]]), members_of([0, 0], [1, -1]), None)
+    assert first.table.tolist() == [[1.5, 2.5], [0, 0]]
+    second = carried_on(first, torch.tensor([[7.0], [1.0]]), rows, behind)
+    assert second.table.tolist() == [[0, 3.5, 1.5, 0], [0, -1.0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 0]]
 
 
 # -- runs
