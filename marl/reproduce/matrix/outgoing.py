@@ -27,7 +27,7 @@ from marl.surgery import FrozenRows
 __all__ = ["Differences", "carried_on", "consumer_of", "renew_outgoing"]
 
 Name = tuple[int, int, bytes, float]
-"""Of a frozen member: its unit, sign, weights and bias. Its place changes, and its operation, as others are taken out."""
+"""Of a frozen member: unit, sign, weights and bias. Its place and its operation change as others are taken out."""
 
 
 def consumer_of(networks: nn.Module, site: str) -> str:

@@ -62,10 +62,10 @@ class Seeds:
         for seed, learner in enumerate(self.alone):
             self.bring(seed)
             found.append(act(seed, learner))
+            self.rows[seed] = frozen_rows(learner.online)
             if lack == "outgoing":
                 self._carry_on(seed)
             self._take_back(seed)
-        self.rows = [frozen_rows(learner.online) for learner in self.alone]
         for site, layer in self.layers.items():
             differences = [each[site].table for each in self.differences if site in each]
             layer.take([each.get(site) for each in self.rows], lack=lack, differences=differences)
@@ -99,7 +99,7 @@ class Seeds:
     @torch.no_grad()
     def _carry_on(self, seed: int) -> None:
         """Let frozen members add what outgoing weights were before this operation, less what they are."""
-        own, rows = self.differences[seed], frozen_rows(self.alone[seed].online)
+        own, rows = self.differences[seed], self.rows[seed]
         for site in self.sites:
             consumer = consumer_of(self.alone[seed].online, site)
             _let_read(self.together.online, consumer)

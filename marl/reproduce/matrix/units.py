@@ -62,7 +62,8 @@ class StackedUnits(nn.Module):
     def take(self, rows: Sequence[FrozenRows | None], *, lack: Lack, differences: Sequence[Tensor] = ()) -> None:
         """Take over the frozen members that each seed has now, those that are lacking left out.
 
-        `differences` are what they add to the consumer, if so, for each seed (K, O + L): to its rows and its frozen rows.
+        `differences` are what they add to the consumer, if anything: for each seed (K, O + L), to its rows and to its
+        frozen rows.
         """
         self.frozen_weight: Tensor | None = None
         self._fading: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
