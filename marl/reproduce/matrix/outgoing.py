@@ -66,7 +66,7 @@ def renew_outgoing(learner: Learner, operated: Mapping[str, tuple[int, ...]], *,
     The learner's output changes, unless its frozen members carry the difference. Rows that were operated on themselves
     are fresh already.
     """
-    generator = torch.Generator().manual_seed(seed_for(seed, "surgery"))  # not the numbers that rows were drawn from
+    generator = torch.Generator().manual_seed(seed_for(seed, "surgery"))  # apart from what the library draws
     for site, units in operated.items():
         consumer = consumer_of(learner.online, site)
         weight = learner.online.get_parameter(f"{consumer}.weight")

@@ -56,7 +56,8 @@ class Seeds:
 
         What composites lack, the learners alone do not know: they compute another output in between. So criteria that
         look at activations see those of composites that lack nothing, or of fresh outgoing weights without differences.
-        Those by norms of rows are right; the agents' second layer has the fresh weights in its rows.
+        Those by norms of rows are right; the agents' second layer has the fresh weights in its rows. Outgoing weights
+        are lacked at all operations or at none.
         """
         found = []
         for seed, learner in enumerate(self.alone):

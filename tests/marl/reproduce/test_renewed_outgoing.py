@@ -231,14 +231,6 @@ def test_seeds_and_operations_draw_other_weights_and_the_same_again() -> None:
     assert not (first[0] == first[1]).any()
 
 
-def test_new_columns_are_not_the_numbers_that_new_rows_are_made_of() -> None:
-    seeds = trained(AGENTS, num_seeds=1)
-    operate(seeds, EVERYTHING)
-    own = {name: value * value.shape[-1] ** 0.5 for name, value in weights(seeds).items() if name.endswith("weight")}
-    column, row = own["agent.head.weight"][0], own["agent.encoder.0.weight"][0]
-    assert not torch.isclose(column.reshape(-1, 1), row.reshape(1, -1), atol=1e-6).any()
-
-
 # -- the sums, on paper
 
 
