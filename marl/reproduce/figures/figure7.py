@@ -48,11 +48,12 @@ ABLATIONS: dict[str, Intervention] = {
     "without re-initialization": Intervention(Units(KNIFE, lack="renewal"), WHEN),
     "as many units at random": shuffled(PAPER),
     "optimizer keeps the old rows' state": Intervention(Units(KNIFE, state="kept"), WHEN),
+    "outgoing weights renewed": Intervention(Units(KNIFE, lack="outgoing"), WHEN),
 }
 
-NOT_RUN = {
+NOT_RUN: dict[str, dict[str, str]] = {
     "levels": {"plasticity injection": "its frozen copies have no form side by side"},
-    "ablations": {"outgoing weights renewed": "the library keeps them always"},
+    "ablations": {},
 }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from marl.errors import SettingsError
 from marl.learner import Learner
+from marl.reproduce.matrix.outgoing import renew_outgoing
 from marl.reproduce.matrix.units import Lack
 from marl.run_settings import SurgerySettings
 from marl.surgery import Seen, frozen_rows, operate_on_layers, operate_on_units
@@ -82,11 +83,12 @@ class Units:
     """What the optimizer knows of the new rows: nothing, the largest of what it knows of the others, or what it knew
     of the old ones."""
     lack: Lack | Literal["renewal"] = "nothing"
-    """What composites are to be without; without renewal the active member begins as the old unit was."""
+    """What composites are to be without; without renewal the active member begins as the old unit was. Without outgoing
+    weights, these are drawn anew as well, and the frozen members carry the difference."""
 
     @property
     def lacking_member(self) -> Lack:
-        """The members that are left out wherever composites are summed."""
+        """What is left out wherever composites are summed."""
         return "nothing" if self.lack == "renewal" else self.lack
 
     @property
@@ -103,6 +105,8 @@ class Units:
             _write_moments(learner, operated, before, keeps=self.state == "kept")
         if self.lack == "renewal":
             _begin_as_before(learner, operated)
+        if self.lack == "outgoing":
+            renew_outgoing(learner, operated, seed=seed)
         return sum(map(len, operated.values()))
 
 
@@ -117,7 +121,7 @@ class Intervention:
 
     @property
     def lack(self) -> Lack:
-        """The members that composites are without."""
+        """What composites are without."""
         return self.act.lacking_member if isinstance(self.act, Units) else "nothing"
 
     def __str__(self) -> str:

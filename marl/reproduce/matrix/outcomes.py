@@ -16,6 +16,7 @@ from marl.mixers import QMIX
 from marl.reproduce.matrix.learners import agent_values, joint_values
 from marl.reproduce.matrix.seeds import Seeds
 from marl.reproduce.matrix.tasks import NUM_ACTIONS, Tasks
+from marl.reproduce.matrix.units import StackedUnits
 
 __all__ = ["Outcome", "measure"]
 
@@ -89,8 +90,8 @@ Seen = dict[str, Tensor]
 def _activations(seeds: Seeds) -> Iterator[Seen]:
     seen: Seen = {}
 
-    def look(site: str, module: nn.Module, inputs: Any, units: Tensor) -> None:
-        off = (units == 0).flatten(1, -2).all(dim=1)
+    def look(site: str, module: StackedUnits, inputs: Any, handed_on: Tensor) -> None:
+        off = (handed_on[..., : module.weight.shape[1]] == 0).flatten(1, -2).all(dim=1)
         seen[site] = off & seen.get(site, torch.ones_like(off))
 
     handles = [layer.register_forward_hook(partial(look, site)) for site, layer in seeds.layers.items()]

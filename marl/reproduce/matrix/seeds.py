@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from marl.layers import StackedLinear
 from marl.learner import Learner
-from marl.reproduce.matrix.units import Lack, StackedUnits
+from marl.reproduce.matrix.outgoing import Differences, carried_on, consumer_of
+from marl.reproduce.matrix.units import Lack, StackedConsumer, StackedUnits
 from marl.stacking import load_module, load_optimizer, stack_learners
 from marl.surgery import FrozenRows, Norms, frozen_rows, operable_sites, write_fades
 
@@ -38,6 +39,8 @@ class Seeds:
         """Updates so far, as the optimizer counts them."""
         self.rows: list[dict[str, FrozenRows]] = [{} for _ in learners]
         """The frozen members of each seed, which only operations change."""
+        self.differences: list[dict[str, Differences]] = [{} for _ in learners]
+        """What they add to consumers whose weights were drawn anew."""
 
     def __len__(self) -> int:
         return len(self.alone)
@@ -49,15 +52,24 @@ class Seeds:
             layer.fade_to(self.num_steps)
 
     def operate(self, act: Callable[[int, Learner], Found], *, lack: Lack = "nothing") -> list[Found]:
-        """Do something to each seed's learner alone, and go on side by side with what it has become."""
+        """Do something to each seed's learner alone, and go on side by side with what it has become.
+
+        What composites lack, the learners alone do not know: they compute another output in between. So criteria that
+        look at activations see those of composites that lack nothing, or of fresh outgoing weights without differences.
+        Those by norms of rows are right; the agents' second layer has the fresh weights in its rows. Outgoing weights
+        are lacked at all operations or at none.
+        """
         found = []
         for seed, learner in enumerate(self.alone):
             self.bring(seed)
             found.append(act(seed, learner))
+            self.rows[seed] = frozen_rows(learner.online)
+            if lack == "outgoing":
+                self._carry_on(seed)
             self._take_back(seed)
-        self.rows = [frozen_rows(learner.online) for learner in self.alone]
         for site, layer in self.layers.items():
-            layer.take([each.get(site) for each in self.rows], lack=lack)
+            differences = [each[site].table for each in self.differences if site in each]
+            layer.take([each.get(site) for each in self.rows], lack=lack, differences=differences)
             layer.fade_to(self.num_steps)
         return found
 
@@ -86,6 +98,17 @@ class Seeds:
         return found
 
     @torch.no_grad()
+    def _carry_on(self, seed: int) -> None:
+        """Let frozen members add what outgoing weights were before this operation, less what they are."""
+        own, rows = self.differences[seed], self.rows[seed]
+        for site in self.sites:
+            consumer = consumer_of(self.alone[seed].online, site)
+            _let_read(self.together.online, consumer)
+            old = self.together.online.get_parameter(f"{consumer}.weight")[seed]
+            new = self.alone[seed].online.get_parameter(f"{consumer}.weight")
+            own[site] = carried_on(own.get(site), old - new, rows.get(site), rows.get(consumer))
+
+    @torch.no_grad()
     def _take_back(self, seed: int) -> None:
         learner, together = self.alone[seed], self.together
         for name, parameter in learner.online.named_parameters():
@@ -112,3 +135,11 @@ def _with_units(networks: nn.Module, site: str) -> StackedUnits:
     setattr(parent, place, layer)
     setattr(parent, str(int(place) + 1), nn.Identity())
     return layer
+
+
+def _let_read(networks: nn.Module, consumer: str) -> None:
+    """Put a layer that takes differences in the place of a linear one; layers of units take them already."""
+    linear = networks.get_submodule(consumer)
+    if isinstance(linear, StackedLinear):
+        parent_name, _, place = consumer.rpartition(".")
+        setattr(networks.get_submodule(parent_name), place, StackedConsumer(linear))
