@@ -13,9 +13,10 @@ from enum import Enum
 
 from marl.reproduce.statistics import Difference, Scores, holm, paired_difference
 
-__all__ = ["Judgement", "Verdict", "judge"]
+__all__ = ["LEVEL", "Judgement", "Verdict", "judge"]
 
 LEVEL = 0.05
+"""P-values below it count."""
 
 
 class Verdict(str, Enum):

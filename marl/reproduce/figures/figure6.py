@@ -16,6 +16,7 @@ from marl.reproduce.training.arms import (
     measures_of_drift,
     measures_of_stationary,
 )
+from marl.reproduce.verdict import LEVEL
 
 __all__ = ["FIGURE6"]
 
@@ -46,10 +47,25 @@ def _panel(
         compared.arms,
         measures,
         compared.missing,
-        (NOT_TUNED,),
+        (NOT_TUNED, *_certainty(len(asked.seeds_of(games.num_seeds[asked.scale])))),
         num_seeds=num_seeds,
         unit_of_time="steps",
     )
+
+
+def _certainty(num_seeds: int) -> list[str]:
+    """What so few seeds cannot say, if they are.
+
+    >>> _certainty(5)
+    ['With 5 seeds p is at least 0.062: no verdict can be other than open, and intervals are what there is to read.']
+    >>> _certainty(30)
+    []
+    """
+    least = 2.0 ** (1 - num_seeds)
+    said = (
+        f"With {num_seeds} seeds p is at least {least:.3f}: no verdict can be other than open, and intervals are what "
+    )
+    return [] if least < LEVEL else [f"{said}there is to read."]
 
 
 FIGURE6 = Figure("figure6", "KNIFE does better than its rivals under task drift, and no worse without.", panels)
