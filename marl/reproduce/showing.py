@@ -56,8 +56,8 @@ def legend() -> str:
     return (
         "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where the "
         "arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
-        "*Confirmed* needs both intervals above zero and p < 0.05, *contradicted* one below zero as certainly; else the "
-        "question is open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks is "
+        "*Confirmed* needs both intervals above zero and p < 0.05, *contradicted* one below zero as certainly; else "
+        "the question is open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks is "
         "better, and differences below one unit in twenty do not count. s: processor time of a run."
     )
 
