@@ -57,8 +57,8 @@ def legend() -> str:
         "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where the "
         "arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
         "*Confirmed* needs both intervals above zero and p < 0.05, *contradicted* one below zero as certainly; else "
-        "the question is open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks is "
-        "better, and differences below one unit in twenty do not count. s: processor time of a run."
+        "the question is open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks "
+        "is better, and differences below one unit in twenty do not count. s: processor time of a run."
     )
 
 
@@ -73,7 +73,7 @@ def save_picture(figure: Figure, asked: Asked, files: Results, path: Path) -> No
     except ModuleNotFoundError:
         raise MissingExtraError.of("matplotlib") from None
     panels = figure.panels(asked, files)
-    num_arms = max(12, *(len(panel.arms) for panel in panels))
+    num_arms = max(8, *(len(panel.arms) for panel in panels))
     size = (5.2 * len(panels), 0.26 * num_arms + 6.5)
     canvas = Canvas(figsize=size, layout="constrained")
     axes = canvas.subplots(3, len(panels), squeeze=False, height_ratios=(0.26 * num_arms + 0.5, 2.6, 2.6))
@@ -81,7 +81,9 @@ def save_picture(figure: Figure, asked: Asked, files: Results, path: Path) -> No
         runs = {name: each for name, each in panel.results(files, asked).items() if each}
         if runs:
             VIEWS[panel.kind].draw(column, panel, runs)
-    canvas.savefig(path, dpi=120, format="png")
+        for each in column:
+            each.set_visible(each.has_data())
+    canvas.savefig(path, dpi=120, format="png", bbox_inches="tight")
 
 
 def _notes(panel: Panel, runs: Runs) -> Iterator[str]:
