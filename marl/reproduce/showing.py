@@ -54,11 +54,11 @@ def sections(figure: Figure, asked: Asked, files: Results, *, level: int) -> Ite
 def legend() -> str:
     """How to read the tables."""
     return (
-        "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where the "
-        "arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
+        "In brackets 95 % intervals by the bootstrap over seeds. Differences are paired by seed and positive where "
+        "the arm is better; p is that of being better than both controls, adjusted for the number of arms (Holm). "
         "*Confirmed* needs both intervals above zero and p < 0.05, *contradicted* one below zero as certainly; else "
-        "the question is open. Units are judged in the same way: fewer that are stagnant at the ends of the later tasks "
-        "is better, and differences below one unit in twenty do not count. s: processor time of a run."
+        "the question is open. Units are judged in the same way: fewer that are stagnant at the ends of the later "
+        "tasks is better, and differences below one unit in twenty do not count. s: processor time of a run."
     )
 
 

@@ -25,7 +25,14 @@ def panels(asked: Asked, files: Results) -> Sequence[Panel]:
     notes = ("Mixing units have generated weights: they are measured, and never operated on.",)
     return [
         Panel(
-            "grown since before the first update", runs, (*grown, more), {}, notes, kind="shares", num_seeds=num_seeds
+            "grown since before the first update",
+            runs,
+            (*grown, more),
+            {},
+            notes,
+            kind="shares",
+            num_seeds=num_seeds,
+            unit_of_time="steps",
         ),
         Panel("at the end", runs, at_end, {}, kind="shares", num_seeds=num_seeds, unit_of_time="steps"),
     ]
