@@ -49,6 +49,18 @@ def test_the_share_is_that_of_a_loop_over_units_and_the_steps_that_happened(num_
     assert num_units == 0 or expected == pytest.approx(num_units / 6)
 
 
+def test_steps_that_did_not_happen_count_for_nothing() -> None:
+    learner, episodes = learner_of(), made_up_episodes()
+    did_not = (episodes["mask"] == 0).nonzero(as_tuple=True)
+    assert len(did_not[0])
+    with torch.no_grad():  # units that are large where nothing happened
+        learner.online.get_parameter("mixer.w1.2.weight")[:2] *= 0.01
+        learner.online.get_parameter("mixer.w1.2.weight")[:2, 0] += 5
+    before = generated_stagnant_share(learner, episodes)
+    episodes["state"][did_not] = 100.0 * torch.rand(len(did_not[0]), episodes["state"].shape[-1])
+    assert generated_stagnant_share(learner, episodes) == before
+
+
 def test_seeds_side_by_side_have_their_own_shares() -> None:
     learners, episodes = [hardly_counting(learner_of(seed), 2 * seed) for seed in range(2)], made_up_episodes()
     together = generated_stagnant_share(stack_learners(learners), torch.stack([episodes, episodes]))
