@@ -12,6 +12,7 @@ from marl.evaluation import evaluate, returns_of
 from marl.generated import all_shares
 from marl.learner import Update
 from marl.seeding import seed_for
+from neuronsurgery import surgery
 
 if TYPE_CHECKING:
     from marl.run import Run
@@ -71,7 +72,9 @@ def take_record(run: Run) -> Record:
         "place": progress.task,
         "epsilon": run.epsilon,
     }
-    return {**where, **_test(run), **run.averages.take(), **_diagnosed(run), **_units(run), **run.operations.counts()}
+    with surgery.unobserved():  # an operation goes by what happens in training
+        seen = {**_test(run), **_diagnosed(run), **_units(run)}
+    return {**where, **seen, **run.averages.take(), **run.operations.counts()}
 
 
 def _test(run: Run) -> Record:

@@ -125,6 +125,9 @@ class Backend(Protocol):
     ) -> Evidence:
         """Evidence from batches of its own, the model left as it was."""
 
+    def unobserved(self) -> AbstractContextManager[None]:
+        """A block whose passes no observation that is open hears of."""
+
     def ages(self, model: Any, optimizer: Any) -> Mapping[str, Mapping[int, int]]:
         """Site -> composite unit -> optimizer steps since its latest operation."""
 

@@ -145,6 +145,7 @@ __all__ = [
     "shrink_and_perturb",
     "spectral_regularizer",
     "undo",
+    "unobserved",
     "upgd",
     "widen",
 ]
@@ -545,7 +546,8 @@ def observe(
 
     With an optimizer, gradients are read as it is about to use them (accumulated, unscaled, reduced over ranks), once a
     step; steps whose gradients are not finite are skipped and counted. Without one, every backward pass is a step.
-    Activations are measured in passes that build a graph only, so that rollouts and evaluations do not enter.
+    Activations are measured in passes that build a graph only, so that rollouts and evaluations do not enter; what else
+    is no training goes into `unobserved()`.
 
     Args:
         model: the model that trains.
@@ -579,6 +581,26 @@ def observe(
     needs = frozenset(Quantity) if criterion is None else needs_of(as_criterion(criterion))
     around = {"scaler": scaler, "weights": weights}
     return _backend(model).observe(model, optimizer, every=every, sites=sites, needs=needs, **around)
+
+
+def unobserved() -> AbstractContextManager[None]:
+    """Keep passes out of what is measured: diagnostics and other passes with a graph that are no training.
+
+    Observations and schedules that are open hear no activations in the `with` block, nor the gradients that arrive at
+    them; one that is opened in the block does. Passes under `torch.no_grad()` are not measured anyway, and `probe`
+    keeps its own apart. What a backward pass leaves in `.grad` counts as ever: use `torch.autograd.grad`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with observe(model) as evidence:
+        ...     model(torch.randn(16, 4)).sum().backward()
+        ...     with unobserved():
+        ...         _ = model(torch.randn(500, 4))
+        >>> evidence.num_samples("0", Quantity.ACTIVATION)
+        16
+    """
+    return _torch_backend().unobserved()
 
 
 def probe(

@@ -129,6 +129,14 @@ class BackendContract:
         assert set(evidence.measured(lab.site)) == set(Quantity)
         assert evidence.num_samples(lab.site, Quantity.ACTIVATION) == 3 * 16
 
+    def test_observe_measures_no_pass_of_an_unobserved_block(self, lab: Lab) -> None:
+        model, (seen, unseen) = lab.model(0), (batch_of(lab), batch_of(lab, 1))
+        with lab.backend.observe(model) as evidence:
+            lab.differentiate(model, seen)
+            with lab.backend.unobserved():
+                lab.loss(model, unseen)
+        assert evidence.num_samples(lab.site, Quantity.ACTIVATION) == 16
+
     def test_observe_changes_no_training(self, lab: Lab) -> None:
         observed, plain = lab.model(0), lab.model(0)
         optimizers = lab.optimizer(observed), lab.optimizer(plain)

@@ -35,6 +35,7 @@ from neuronsurgery.pytorch.sharing import reborn
 from neuronsurgery.pytorch.sites import Discovery
 from neuronsurgery.pytorch.sites import discover as survey
 from neuronsurgery.pytorch.state import accept, restore
+from neuronsurgery.pytorch.taps import unobserved
 from neuronsurgery.pytorch.upgd import UPGD
 from neuronsurgery.pytorch.watching import ages_of, watch
 from neuronsurgery.pytorch.widening import widen
@@ -78,6 +79,7 @@ __all__ = [
     "spectral",
     "together",
     "undo",
+    "unobserved",
     "upgd",
     "watch",
     "widen",

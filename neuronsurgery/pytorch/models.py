@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from neuronsurgery.errors import ModelError
-from neuronsurgery.pytorch.taps import unheard
+from neuronsurgery.pytorch.taps import unobserved
 
 __all__ = ["Replicated", "check_model", "left_alone", "random_states_kept", "run_model", "unwrap", "wrappers_of"]
 
@@ -106,7 +106,7 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     ]
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-    with random_states_kept(devices), unheard():
+    with random_states_kept(devices), unobserved():
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Sink", "is_observed", "listening", "observed_weight", "offset_of", "tap", "tap_producer", "unheard"]
+__all__ = ["Sink", "is_observed", "listening", "observed_weight", "offset_of", "tap", "tap_producer", "unobserved"]
 
 
 class Sink(Protocol):
@@ -105,8 +105,8 @@ def listening(sinks: Mapping[int, Sink], stand_ins: Mapping[int, Callable[[], ob
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """Let those who listen now hear nothing of passes that are no training; who begins in here does hear."""
+def unobserved() -> Iterator[None]:
+    """Let those who listen now hear nothing; who begins in here does. See `neuronsurgery.surgery.unobserved`."""
     muted = {id(sink): sink for sinks in _SINKS.values() for sink in sinks if id(sink) not in _MUTED}
     _MUTED.update(muted)
     try:

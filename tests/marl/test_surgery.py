@@ -15,6 +15,7 @@ from marl.environments import matrix_tasks
 from marl.errors import CheckpointError, SettingsError
 from marl.learner import Learner
 from marl.networks import Networks
+from marl.records import take_record
 from marl.run import make_run
 from marl.run_settings import SurgerySettings, run_settings
 from marl.settings import (
@@ -271,6 +272,21 @@ def test_redo_operates_on_the_agents_of_a_run(algorithm: Algorithm, environment:
     operations = Operated()
     train(run, operations)
     assert operations.units and all(set(report) == {"agent.encoder.0"} for report in operations.units)
+
+
+def test_what_a_record_measures_is_no_part_of_what_units_are_chosen_by() -> None:
+    settings = run_settings("qmix", "matrix_game")
+    redo = SurgerySettings("redo", criterion="dormant", threshold=0.9, every=50)
+    training = replace(settings.training, num_steps=64, evaluate_every=10_000)
+    train(run := make_run(replace(settings, surgery=redo, training=training)), Silent())
+    before = heard(run)
+    take_record(run)
+    assert before["activation"]["total"].any()
+    torch.testing.assert_close(heard(run), before, rtol=0, atol=0)
+
+
+def heard(run: Any) -> Any:
+    return run.operations.state_dict()["watch"]["evidence"]["sums"]["agent.encoder.0"]
 
 
 class Operated(Silent):

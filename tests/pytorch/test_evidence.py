@@ -441,6 +441,32 @@ def test_rollouts_evaluations_and_copies_do_not_enter():
     assert torch.equal(inside[:2](x), F.relu(inside[0](x)))
 
 
+def test_passes_in_an_unobserved_block_do_not_enter_but_for_what_is_opened_there():
+    model, x = two_layers(), torch.randn(6, 4)
+    expected = by_hand(copy.deepcopy(model), x)["0"]
+    with surgery.observe(model) as evidence:
+        with surgery.unobserved():
+            kept = model(torch.randn(50, 4)).sum()
+            with surgery.observe(model) as inner, surgery.unobserved():
+                model(torch.randn(7, 4)).sum()
+            with surgery.observe(model) as later:
+                model(torch.randn(9, 4)).sum()
+        torch.autograd.grad(kept, list(model.parameters()))  # nor the gradients of such a pass, whenever they come
+        loss_of(model, x).backward()
+    assert [each.num_samples("0", H) for each in (evidence, inner, later)] == [6, 0, 9]
+    close(evidence.measured("0")[H], expected[0])
+    close(evidence.measured("0")[GRADIENT], expected[1])
+
+
+def test_an_unobserved_block_that_fails_leaves_observations_hearing():
+    model, x = two_layers(), torch.randn(6, 4)
+    with surgery.observe(model) as evidence:
+        with pytest.raises(KeyError), surgery.unobserved():
+            raise KeyError
+        loss_of(model, x).backward()
+    assert evidence.num_samples("0", H) == 6
+
+
 # -- nothing left behind ---------------------------------------------------------------------------------------------
 
 MODELS = ["sequential", "functional", "conv", "shared", "prelu"]
