@@ -1,8 +1,8 @@
-"""How a comparison is shown: what its runs say, a table with verdicts, and its pictures."""
+"""How a comparison is shown: what its runs say, tables with verdicts, and its pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from marl.reproduce.statistics import (
     interquartile_mean,
     performance_profile,
     probability_of_improvement,
+    wilson,
 )
 from marl.reproduce.summaries import judged, summary
 from marl.reproduce.verdict import Judgement
@@ -23,7 +24,7 @@ from marl.reproduce.verdict import Judgement
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "draw_curve", "line", "summary", "table"]
+__all__ = ["draw", "draw_curve", "line", "summary", "tables"]
 
 
 def line(cells: Sequence[str]) -> str:
@@ -31,8 +32,15 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(panel: Panel, runs: Runs) -> Iterator[str]:
-    """A row for each arm, with verdicts."""
+def tables(panel: Panel, runs: Runs) -> Iterator[str]:
+    """A row for each arm, with verdicts, and where tasks are solved or not another with each of them."""
+    yield from _verdicts(panel, runs)
+    if (each_task := panel.measures[0].each_task) and any(runs.values()):
+        yield from ("", "Of the seeds those that have solved a task at its end, with the intervals of Wilson:", "")
+        yield from _tasks(each_task, runs)
+
+
+def _verdicts(panel: Panel, runs: Runs) -> Iterator[str]:
     first, units, *others = panel.measures
     columns = [f"{first.name}, mean", "interquartile mean", "better than none by", "than a fresh optimizer by"]
     columns += ["P(better than none)", "p", "verdict", f"{units.name}", "verdict on units"]
@@ -50,6 +58,15 @@ def table(panel: Panel, runs: Runs) -> Iterator[str]:
         yield line([name, *cells, f"{rows:.0f}", f"{seconds:.1f}"])
     for name, reason in panel.missing.items():
         yield line([name, f"not run: {reason}", *[""] * (len(columns) + len(others) + 1)])
+
+
+def _tasks(each_task: Callable[[Mapping[str, Any]], Mapping[str, bool]], runs: Runs) -> Iterator[str]:
+    solved = {name: [each_task(run.outcome) for run in of_arm] for name, of_arm in runs.items() if of_arm}
+    tasks = list(next(iter(solved.values()))[0])
+    yield line(["arm", *tasks])
+    yield line(["---"] * (1 + len(tasks)))
+    for name, of_seeds in solved.items():
+        yield line([name, *(str(wilson(sum(each[task] for each in of_seeds), len(of_seeds))) for task in tasks)])
 
 
 def _judgement(found: Judgement | None, chance: str) -> list[str]:

@@ -24,20 +24,20 @@ class View:
 
     summary: Callable[[Panel, Runs], Iterator[str]]
     """What its runs say, in a few lines."""
-    table: Callable[[Panel, Runs], Iterator[str]]
+    tables: Callable[[Panel, Runs], Iterator[str]]
     """Its numbers, in Markdown."""
     draw: Callable[[Sequence[Axes], Panel, Runs], None]
     """Its pictures, into three axes."""
 
 
 VIEWS: Mapping[Kind, View] = {
-    "comparison": View(comparisons.summary, comparisons.table, comparisons.draw),
+    "comparison": View(comparisons.summary, comparisons.tables, comparisons.draw),
     "shares": View(shares.summary, shares.table, shares.draw),
 }
 
 
 def page(figure: Figure, asked: Asked, files: Results) -> str:
-    """A figure's claim, and a table with verdicts for each of its panels, in Markdown."""
+    """A figure's claim, and tables with verdicts for each of its panels, in Markdown."""
     lines = [f"# {figure.name}, {asked.scale}", "", f"Claim: {figure.claim}", ""]
     return "\n".join([*lines, *sections(figure, asked, files, level=2), legend()]) + "\n"
 
@@ -47,7 +47,7 @@ def sections(figure: Figure, asked: Asked, files: Results, *, level: int) -> Ite
     for panel in figure.panels(asked, files):
         runs, view = panel.results(files, asked), VIEWS[panel.kind]
         said, notes = list(view.summary(panel, runs)), list(_notes(panel, runs))
-        yield from (f"{'#' * level} {panel.name}", "", *said, *[""] * bool(said), *view.table(panel, runs), "")
+        yield from (f"{'#' * level} {panel.name}", "", *said, *[""] * bool(said), *view.tables(panel, runs), "")
         yield from (each for note in notes for each in (note, ""))
 
 

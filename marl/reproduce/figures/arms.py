@@ -134,8 +134,7 @@ def measures_of(kind: Kind) -> tuple[Measure, ...]:
         Measure("dead units", lambda outcome: _of_units(outcome, "dead"), True, None, ONE_IN_TWENTY),
     )
     if kind == "literal":
-        back = Measure("back on the first", lambda outcome: float(outcome["looks"][-1]["solved"]))
-        return Measure("tasks solved", _solved, curve="solved"), *units, back
+        return Measure("tasks solved", _solved, curve="solved", each_task=_each_solved), *units
     error = Measure("error / fresh", _late_error, is_less_better=True, relative_to=FRESH, curve="error")
     return error, *units, Measure("contexts solved", _solved)
 
@@ -150,6 +149,13 @@ def _solved(outcome: Mapping[str, Any]) -> float:
     """The share of tasks after the first that are solved at their end, or of contexts in them."""
     ends = _at_ends(outcome)[1:]
     return float(sum(look["solved"] for look in ends) / len(ends))
+
+
+def _each_solved(outcome: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each task is solved at its end; the last is the first again."""
+    solved = [look["solved"] == 1 for look in _at_ends(outcome)]
+    names = [*(f"task {1 + place}" for place in range(len(solved) - 1)), "task 1 again"]
+    return dict(zip(names, solved, strict=True))
 
 
 def _late(outcome: Mapping[str, Any]) -> list[Mapping[str, Any]]:

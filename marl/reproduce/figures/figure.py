@@ -86,6 +86,8 @@ class Measure:
     """What is drawn over time, by its name in each look; none: nothing."""
     less: str | None = None
     """The arm whose number is taken off, seed by seed, where numbers may be zero; none: as it is."""
+    each_task: Callable[[Mapping[str, Any]], Mapping[str, bool]] | None = None
+    """Of what counts solved tasks, the tasks by name and whether a run has solved them; none: nothing is counted."""
 
 
 @dataclass(frozen=True)

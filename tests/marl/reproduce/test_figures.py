@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from marl.cli import app
 from marl.errors import SettingsError
+from marl.reproduce import comparisons
 from marl.reproduce.engines import InProcess
 from marl.reproduce.figures import figure1, registry, tuning
 from marl.reproduce.figures.arms import CONTROLS, FRESH, measures_of, tasks_of
@@ -107,10 +108,12 @@ def test_measures_of_the_literal_tasks() -> None:
         for task, ends in enumerate([1, 0, 1, 1])
         for update, solved in ((5, 0.0), (10, float(ends)))
     ]
-    solved, stagnant, _, back = measures_of("literal")
+    solved, stagnant, _ = measures_of("literal")
     assert solved.of({"looks": looks}) == pytest.approx(2 / 3)  # of the tasks after the first, at their ends
     assert stagnant.of({"looks": looks}) == pytest.approx((0.4 + 0.4 + 0.6 + 0.4) / 4)  # in the second half
-    assert back.of({"looks": looks}) == 1
+    assert solved.each_task is not None
+    each = {"task 1": True, "task 2": False, "task 3": True, "task 1 again": True}
+    assert solved.each_task({"looks": looks}) == each
 
 
 def test_errors_are_relative_to_fresh_networks_of_the_same_seed() -> None:
@@ -163,6 +166,19 @@ def test_a_page_says_what_is_confirmed_and_what_was_not_run(tmp_path: Path) -> N
     assert done.picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_tasks_that_are_solved_or_not_are_counted_one_by_one() -> None:
+    solved = measures_of("literal")[0]
+    panel = Panel("one", CONTROLLED, [replace(SCORE, each_task=solved.each_task), UNITS], {})
+    scores = {"none": [0.0] * 20 + [1.0] * 10, "optimizer reset": [1.0] * 30}
+    runs = {
+        name: [Result({}, seed, HERE, made_up(score)) for seed, score in enumerate(each)]
+        for name, each in scores.items()
+    }
+    rows = [row.strip("| ").split(" | ") for row in comparisons.tables(panel, runs) if row.startswith("|")]
+    assert rows[-4] == ["arm", "task 1", "task 2", "task 3", "task 1 again"]
+    assert rows[-2:] == [["none", *["0.33 (0.19 to 0.51)"] * 4], ["optimizer reset", *["1.00 (0.89 to 1.00)"] * 4]]
+
+
 def test_a_figure_comes_out_without_an_arm_that_fails(tmp_path: Path) -> None:
     figure = figure_of(**CONTROLLED, broken=Drawn(1.0, fails=True), better=Drawn(2.0))
     done = reproduce(figure, SMOKE, Reproducing(tmp_path, InProcess()))
@@ -199,8 +215,9 @@ def test_a_figure_runs_at_the_smallest_scale(name: str, tmp_path: Path) -> None:
     done = reproduce(figure, SMOKE, Reproducing(tmp_path, InProcess()))
     assert done.failed == ()
     (panel,) = figure.panels(SMOKE, Results(tmp_path / "runs"))
-    rows = [line for line in done.page.read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(panel.arms) + len(panel.missing)
+    verdicts, tasks = done.page.read_text().split("Of the seeds")
+    for table, num_rows in ((verdicts, len(panel.arms) + len(panel.missing)), (tasks, len(panel.arms))):
+        assert len([line for line in table.splitlines() if line.startswith("| ")]) == 2 + num_rows
     did_act = []
     for path in (tmp_path / "runs").glob("*knife-*1000.json"):
         saved = json.loads(path.read_text())
