@@ -12,7 +12,6 @@ from marl.evaluation import evaluate, returns_of
 from marl.generated import all_shares
 from marl.learner import Update
 from marl.seeding import seed_for
-from neuronsurgery import surgery
 
 if TYPE_CHECKING:
     from marl.run import Run
@@ -72,7 +71,7 @@ def take_record(run: Run) -> Record:
         "place": progress.task,
         "epsilon": run.epsilon,
     }
-    with surgery.unobserved():  # an operation goes by what happens in training
+    with run.operations.unobserved():
         seen = {**_test(run), **_diagnosed(run), **_units(run)}
     return {**where, **seen, **run.averages.take(), **run.operations.counts()}
 

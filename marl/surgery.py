@@ -10,6 +10,7 @@ cell's weights say; what they write, targets get with their next update, as in t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -150,6 +151,10 @@ class Operations:
             self._next.episodes = episodes
             if any(site.startswith("mixer.") for site in self._sites):
                 _require_states(episodes)
+
+    def unobserved(self) -> AbstractContextManager[None]:
+        """A block whose passes operations do not go by, as they are no training."""
+        return surgery.unobserved()
 
     def step(self) -> Done | None:
         """Operate if it is time; called after each update."""
