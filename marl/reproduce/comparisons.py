@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -95,6 +95,9 @@ def _verdict(found: Judgement | None) -> str:
 SHOWN = ("none", "optimizer reset", "fresh networks", "KNIFE, the paper's reading", "KNIFE, best setting", "KNIFE")
 """Arms whose way through the tasks is drawn."""
 
+FAR = 10
+"""Where scores are that many times their median, as of an arm that diverges, axes are logarithmic."""
+
 
 def draw(axes: Sequence[Axes], panel: Panel, runs: Runs) -> None:
     """Draw intervals, profiles, and what was measured over time, into three axes."""
@@ -103,17 +106,10 @@ def draw(axes: Sequence[Axes], panel: Panel, runs: Runs) -> None:
     _, scores = scores_of(runs, measure)
     if not scores:
         return
-    places = range(len(scores), 0, -1)
-    for place, (name, own) in zip(places, scores.items(), strict=True):
-        found, color = estimate(own), "#d55e00" if name.startswith("KNIFE") else "#0072b2"
-        intervals.plot([found.low, found.high], [place, place], color=color, linewidth=6, alpha=0.4)
-        intervals.plot([found.value], [place], marker="|", markersize=9, markeredgewidth=2, color=color)
-    intervals.set_yticks(list(places), list(scores), fontsize=7)
+    _draw_intervals(intervals, scores)
     intervals.set_title(f"{panel.name}: {measure.name}", fontsize=9)
-    taken = np.concatenate(list(scores.values()))
-    thresholds = np.linspace(taken.min() - 1e-9, taken.max(), 60)
-    shown = [name for name in SHOWN if name in scores]
-    for name in shown:
+    thresholds, scale = _thresholds(np.concatenate(list(scores.values())))
+    for name in (each for each in SHOWN if each in scores):
         profiles.plot(thresholds, performance_profile(scores[name], thresholds), label=name)
         if measure.curve:
             draw_curve(ways, panel, runs[name], measure.curve)
@@ -121,6 +117,25 @@ def draw(axes: Sequence[Axes], panel: Panel, runs: Runs) -> None:
     profiles.set_ylabel("share of seeds")
     profiles.legend(fontsize=6)
     ways.set_ylabel(measure.curve or "")
+    for set_scale in (intervals.set_xscale, profiles.set_xscale, ways.set_yscale):
+        set_scale(scale)
+
+
+def _draw_intervals(axes: Axes, scores: Mapping[str, Scores]) -> None:
+    places = range(len(scores), 0, -1)
+    for place, (name, own) in zip(places, scores.items(), strict=True):
+        found, color = estimate(own), "#d55e00" if name.startswith("KNIFE") else "#0072b2"
+        axes.plot([found.low, found.high], [place, place], color=color, linewidth=6, alpha=0.4)
+        axes.plot([found.value], [place], marker="|", markersize=9, markeredgewidth=2, color=color)
+    axes.set_yticks(list(places), list(scores), fontsize=7)
+
+
+def _thresholds(scores: Scores) -> tuple[Scores, Literal["linear", "log"]]:
+    """Of a profile, from a little below all scores on, and the scale that shows them."""
+    least, most = scores.min(), scores.max()
+    if least > 0 and most > FAR * np.median(scores):
+        return np.geomspace(0.99 * least, most, 60), "log"
+    return np.linspace(least - 0.01 * ((most - least) or 1), most, 60), "linear"
 
 
 def draw_curve(axes: Axes, panel: Panel, runs: Sequence[Result], name: str, **style: Any) -> None:
