@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure as Canvas
 from typer.testing import CliRunner
 
 from marl.cli import app
@@ -177,6 +178,19 @@ def test_tasks_that_are_solved_or_not_are_counted_one_by_one() -> None:
     rows = [row.strip("| ").split(" | ") for row in comparisons.tables(panel, runs) if row.startswith("|")]
     assert rows[-4] == ["arm", "task 1", "task 2", "task 3", "task 1 again"]
     assert rows[-2:] == [["none", *["0.33 (0.19 to 0.51)"] * 4], ["optimizer reset", *["1.00 (0.89 to 1.00)"] * 4]]
+
+
+@pytest.mark.parametrize(("worst", "scale"), [(2.0, "linear"), (100.0, "log")])
+def test_an_arm_that_diverges_makes_axes_logarithmic(worst: float, scale: str) -> None:
+    runs = {
+        name: [Result({}, seed, HERE, made_up(score)) for seed in range(4)]
+        for name, score in {"none": 1.0, "optimizer reset": worst, "KNIFE": 0.5}.items()
+    }
+    axes = Canvas().subplots(3)
+    comparisons.draw(axes, Panel("one", CONTROLLED, [replace(SCORE, curve="error"), UNITS], {}), runs)
+    intervals, profiles, ways = axes
+    assert [intervals.get_xscale(), profiles.get_xscale(), ways.get_yscale()] == [scale] * 3
+    assert all(profile.get_ydata()[0] == 1 for profile in profiles.get_lines())  # all seeds are above the lowest
 
 
 def test_a_figure_comes_out_without_an_arm_that_fails(tmp_path: Path) -> None:
