@@ -20,7 +20,7 @@ demo: .venv/.installed
 test: lint types spelling
 	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/.installed
+test-slow: .venv/.installed-ray
 	$(BIN)/python -m pytest -n 2 -m slow
 
 # Measures the zoo of models and writes docs/zoo.md.
@@ -59,6 +59,11 @@ docs: .venv/.installed-docs
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0 numpy
 	$(BIN)/pip install -q -e '.[demo,dev,marl,smax,training,zoo]'
+	@touch $@
+
+# Ray is large, and only slow tests start it.
+.venv/.installed-ray: .venv/.installed
+	$(BIN)/pip install -q -e '.[ray]'
 	@touch $@
 
 .venv/.installed-docs: .venv/.installed
